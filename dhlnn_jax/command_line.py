@@ -1,0 +1,96 @@
+"""What the scripts do with their arguments: results on stdout, progress and mistakes on stderr, exit codes.
+
+0: done. 2: a mistake in what was given, in one line. 1: training failed, in one line. 130: interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dhlnn_jax.errors import UsageError
+
+_RUN_USAGE = """usage: python scripts/run.py CONFIG [--section.key value ...] [--overwrite | --resume]
+
+Trains every method of a TOML file (configs/), measures all on the same test paths and writes a results folder.
+
+  --overwrite  replace an earlier run in the same folder
+  --resume     go on with a run that was cut off, from its last checkpoints
+"""
+_REPORT_USAGE = """usage: python scripts/report.py RESULTS...
+
+Prints the table and redraws the figures of each results folder, from its files alone.
+"""
+
+
+def main(command: str, arguments: Sequence[str]) -> int:
+    """Runs a script's command; returns its exit code."""
+    commands = {"run": _run, "report": _report}
+    try:
+        return commands[command](list(arguments))
+    except UsageError as error:
+        print(f"{command}.py: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"{command}.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{command}.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        _print_run_help(arguments)
+        return 0 if arguments else 2
+    flags = {flag: flag in arguments for flag in ("--overwrite", "--resume")}
+    path, *overrides = (argument for argument in arguments if argument not in flags)
+    if all(flags.values()):
+        raise UsageError("--overwrite starts anew and --resume goes on: give one of them")
+    from dhlnn_jax.config import load_config
+
+    config = load_config(path, overrides)
+    from dhlnn_jax import report
+    from dhlnn_jax.experiment import run
+
+    results = run(config, overwrite=flags["--overwrite"], resume=flags["--resume"])
+    figures = report.write_figures(results)
+    report.print_report(results, figures)
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        print(_REPORT_USAGE, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    from dhlnn_jax import report
+    from dhlnn_jax.results import read_results
+
+    for results in [read_results(folder) for folder in arguments]:
+        report.print_report(results, report.write_figures(results))
+    return 0
+
+
+def _print_run_help(arguments: list[str]) -> None:
+    """The usage line on stderr if nothing was given; else every option with its unit, on stdout."""
+    if not arguments:
+        print(_RUN_USAGE, end="", file=sys.stderr)
+        return
+    print(_RUN_USAGE)
+    import tyro
+
+    from dhlnn_jax.config import Config, load_config
+
+    configs = [argument for argument in arguments[:1] if not argument.startswith("-")]
+    default: Any = load_config(configs[0]) if configs else Config()
+    try:
+        tyro.cli(
+            Config,
+            prog="python scripts/run.py CONFIG",
+            description="Options, their units and defaults" + (f" in {configs[0]}" if configs else "") + ":",
+            default=default,
+            args=["--help"],
+            config=(tyro.conf.FlagConversionOff,),
+            use_underscores=True,
+        )
+    except SystemExit:
+        pass

@@ -1,0 +1,146 @@
+"""Measures a hedger, trained or not, on given paths: money per path, risks with standard errors."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from dhlnn_jax.hedger import Policy
+from dhlnn_jax.market import MarketPath
+from dhlnn_jax.pnl import Contract, trades, trading_gain, turnover
+from dhlnn_jax.risk import (
+    clustered_stderr,
+    effective_sample_size,
+    entropic_risk_measure,
+    expected_shortfall,
+    influence,
+    mean,
+    standard_deviation,
+    value_at_risk,
+)
+from dhlnn_jax.settings import Settings
+
+Params = Any
+
+
+class HedgedPaths(NamedTuple):
+    """Money of one hedger on each path, [n_paths]; pnl = premium - payoff + trading_gain - trading_cost.
+
+    Attributes:
+      payoff, trading_gain, trading_cost, pnl: money. turnover: units of the underlying bought and sold.
+    """
+
+    payoff: Array
+    trading_gain: Array
+    trading_cost: Array
+    pnl: Array
+    turnover: Array
+
+
+def hedged_paths(
+    policy: Policy,
+    params: Params,
+    paths: MarketPath,
+    contract: Contract,
+    settings: Settings,
+    *,
+    batch_size: int = 10_000,
+) -> HedgedPaths:
+    """Runs a policy over a batch of whole paths, `batch_size` at a time so that memory stays small.
+
+    Args:
+      settings: what the hedger goes by, and the contract's numbers.
+    """
+
+    def one(path: MarketPath) -> HedgedPaths:
+        hedge_ratio = policy.hedge_ratio(params, path, settings)
+        payoff = contract.payoff(path, settings)
+        gain = trading_gain(path.spot, hedge_ratio)
+        cost = contract.cost(path, settings)(trades(hedge_ratio), path.spot)
+        pnl = settings.premium - payoff + gain - cost
+        return HedgedPaths(payoff, gain, cost, pnl, turnover(hedge_ratio))
+
+    n_paths = paths.spot.shape[0]
+    return jax.lax.map(one, paths, batch_size=min(batch_size, n_paths))
+
+
+class Metric(NamedTuple):
+    """A reported number of a hedger: which money it is taken of, and how it is reduced over paths."""
+
+    column: str
+    reduce: Callable[..., Array]
+
+
+def metrics_of(settings: Settings) -> dict[str, Metric]:
+    """The reported metrics by name; risks are larger when worse, all but the turnover are in money."""
+    return {
+        "entropic_risk_measure": Metric(
+            "pnl", partial(entropic_risk_measure, risk_aversion=settings.risk_aversion)
+        ),
+        "expected_shortfall": Metric("pnl", partial(expected_shortfall, tail_prob=settings.tail_prob)),
+        "value_at_risk": Metric("pnl", partial(value_at_risk, tail_prob=settings.tail_prob)),
+        "pnl_mean": Metric("pnl", mean),
+        "pnl_std": Metric("pnl", standard_deviation),
+        "trading_cost_mean": Metric("trading_cost", mean),
+        "turnover_mean": Metric("turnover", mean),
+    }
+
+
+class Measurement(NamedTuple):
+    """All metrics of one hedger on one set of paths.
+
+    Attributes:
+      values: name -> number.
+      influences: name -> influence of each path [n_paths]; a standard error is their clustered sum, a
+        paired one that of a difference.
+      effective_sample_size: paths that carry the entropic estimate.
+    """
+
+    values: dict[str, Array]
+    influences: dict[str, Array]
+    effective_sample_size: Array
+
+
+@jax.jit
+def measure(money: HedgedPaths, settings: Settings) -> Measurement:
+    """Values and influences of all metrics."""
+    values, influences = {}, {}
+    for name, metric in metrics_of(settings).items():
+        sample = getattr(money, metric.column)
+        values[name] = metric.reduce(sample)
+        influences[name] = influence(metric.reduce, sample)
+    ess = effective_sample_size(money.pnl, risk_aversion=settings.risk_aversion)
+    return Measurement(values, influences, ess)
+
+
+@jax.jit
+def standard_errors(influences: dict[str, Array], group_ids: Int[Array, " n_paths"]) -> dict[str, Array]:
+    """Clustered standard error of each metric from its influences."""
+    return {name: clustered_stderr(values, group_ids) for name, values in influences.items()}
+
+
+def as_report(values: dict[str, Any], stderrs: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """{"metric": {"value", "stderr"}} as plain floats; a number that is not finite becomes None."""
+
+    def plain(x: Any) -> float | None:
+        x = float(x)
+        return x if np.isfinite(x) else None
+
+    return {name: {"value": plain(values[name]), "stderr": plain(stderrs[name])} for name in values}
+
+
+def unhedged_values(payoff: np.ndarray, probability: np.ndarray, settings: Settings) -> dict[str, float]:
+    """The metrics of no hedge from the law of the claim (`unhedged.unhedged_law`)."""
+    with jax.enable_x64(True):
+        settings = jax.tree.map(lambda x: jnp.asarray(float(x)), settings)
+        pnl = settings.premium - jnp.asarray(payoff)
+        nothing = jnp.zeros_like(pnl)
+        columns = {"pnl": pnl, "trading_cost": nothing, "turnover": nothing}
+        return {
+            name: float(metric.reduce(columns[metric.column], weights=jnp.asarray(probability)))
+            for name, metric in metrics_of(settings).items()
+        }

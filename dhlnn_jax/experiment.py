@@ -1,0 +1,263 @@
+"""One experiment, from configuration to results folder: train each method, measure all on the same paths."""
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dhlnn_jax.config import Config
+from dhlnn_jax.evaluate import (
+    HedgedPaths,
+    Measurement,
+    as_report,
+    measure,
+    standard_errors,
+    unhedged_values,
+)
+from dhlnn_jax.fitting import TrainedMethod, build_policy, evaluator, train_method
+from dhlnn_jax.market import MarketPath
+from dhlnn_jax.methods import METHODS
+from dhlnn_jax.payoff import CLAIMS
+from dhlnn_jax.pnl import COST_MODELS, Contract
+from dhlnn_jax.results import Results, claim_folder, device_name, machine, open_folder, write_results
+from dhlnn_jax.settings import Settings
+from dhlnn_jax.source import Source, make_source
+from dhlnn_jax.unhedged import unhedged_law
+
+# Below this many effective paths an entropic estimate is not shown as a number.
+MIN_EFFECTIVE_PATHS = 1_000
+MIN_GROUPS = 30
+
+
+class _Row(NamedTuple):
+    """One method, measured."""
+
+    money: HedgedPaths
+    measurement: Measurement
+    final: dict[str, dict[str, float | None]]
+    trained: TrainedMethod | None
+
+
+def make_contract(config: Config) -> Contract:
+    """The contract record of a configuration."""
+    return Contract(
+        CLAIMS[config.contract.kind],
+        cost_model=COST_MODELS[config.cost.kind],
+        liquidate=config.cost.liquidate,
+        charge_half_spread=config.cost.charge == "half_spread",
+    )
+
+
+def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Results:
+    """Trains and measures every method of the configuration and writes its results folder.
+
+    Args:
+      overwrite: replace an earlier run in the same folder. resume: go on with one that was cut off, from its
+        last checkpoints.
+    Returns: the results, as `results.read_results` would read them back.
+    Raises: UsageError for input that cannot be used, before any training.
+      FloatingPointError if a risk stops being finite during training.
+    """
+    started = time.perf_counter()
+    folder = Path(config.out)
+    claim_folder(folder, overwrite=overwrite, resume=resume)
+    key_init, key_train, key_validation, key_test = (
+        jax.random.fold_in(jax.random.key(config.seed), role) for role in range(4)
+    )
+    source = make_source(config, key_test)
+    contract = make_contract(config)
+    open_folder(folder, config, overwrite=overwrite, resume=resume)
+
+    # The row without a hedge is what every other one must be read against.
+    names = list(dict.fromkeys((*config.methods, "no_hedge")))
+    rows: dict[str, _Row] = {}
+    sample_path = _sample_path(config, source)
+    for name in names:
+        trained = None
+        params = None
+        if METHODS[name].trained:
+            trained = train_method(
+                name, config, source, contract, key_init, key_train, key_validation, folder
+            )
+            params = trained.params
+        policy = build_policy(name, config)
+        evaluate = evaluator(policy, contract)
+        money = evaluate(params, source.test, source.test_settings)
+        measurement = measure(money, source.test_settings)
+        stderrs = standard_errors(measurement.influences, source.test_groups)
+        rows[name] = _Row(money, measurement, as_report(measurement.values, stderrs), trained)
+        sample_path |= _sampled(name, policy, params, source)
+
+    exact = _exact_no_hedge(config, contract, source.market_settings)
+    metrics = {
+        "schema": 1,
+        "seed": config.seed,
+        "device": device_name(),
+        "methods": {name: _method_report(rows[name], exact if name == "no_hedge" else None) for name in rows},
+    }
+    metrics["paired"] = _paired(rows, metrics["methods"], source)
+    n_groups = len(np.unique(np.asarray(source.test_groups)))
+    results = Results(
+        config=config,
+        metrics=metrics,
+        meta={
+            **machine(),
+            "seconds": {
+                "total": time.perf_counter() - started,
+                "compile": sum(r.trained.compile_seconds for r in rows.values() if r.trained),
+                "train": sum(r.trained.train_seconds for r in rows.values() if r.trained),
+            },
+            "n_test_paths": int(source.test.spot.shape[0]),
+            "n_test_groups": n_groups,
+            "notes": [*source.notes, *_notes(config, source, metrics, exact, n_groups)],
+        },
+        pnl=_pnl_arrays(rows, source.test, source.test_groups),
+        sample_path=sample_path,
+        folder=folder,
+    )
+    write_results(results)
+    return results
+
+
+def _method_report(row: _Row, exact: "ExactNoHedge | None") -> dict[str, Any]:
+    """One entry of metrics.json."""
+    trained = row.trained
+    ess = float(row.measurement.effective_sample_size)
+    final = row.final
+    if exact is not None:
+        final = as_report(exact.values, dict.fromkeys(exact.values, 0.0))
+    return {
+        "final": final,
+        "history": trained.history if trained else [],
+        "effective_sample_size": None if exact is not None or not np.isfinite(ess) else ess,
+        "estimator": "simulation" if exact is None else "quadrature",
+        "train_seconds": trained.train_seconds if trained else 0.0,
+        "compile_seconds": trained.compile_seconds if trained else 0.0,
+        "paths_simulated": trained.paths_simulated if trained else 0,
+        "gradient_evaluations": trained.gradient_evaluations if trained else 0,
+        **({"training": trained.curve, "best_epoch": trained.best_epoch} if trained else {}),
+    }
+
+
+class ExactNoHedge(NamedTuple):
+    """No hedge under geometric Brownian motion: its metrics by quadrature, and the chance of a payoff."""
+
+    values: dict[str, float]
+    exercise_probability: float
+
+
+def _exact_no_hedge(config: Config, contract: Contract, settings: Settings) -> ExactNoHedge | None:
+    """None where the law of the claim is not known."""
+    if config.market.kind != "gbm" or contract.claim.depends_on == "path":
+        return None
+    law = unhedged_law(contract.claim, settings, n_steps=config.market.n_steps)
+    exercised = float(law.probability[law.payoff > 0].sum())
+    return ExactNoHedge(unhedged_values(law.payoff, law.probability, settings), exercised)
+
+
+def _paired(rows: dict[str, _Row], reports: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Differences on the same paths; against an exact value only one side has a standard error."""
+    paired = {}
+    names = list(rows)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            influences = dict(rows[a].measurement.influences)
+            if reports[b]["estimator"] == "simulation":
+                other = rows[b].measurement.influences
+                influences = {name: values - other[name] for name, values in influences.items()}
+            stderrs = standard_errors(influences, source.test_groups)
+            first, second = reports[a]["final"], reports[b]["final"]
+            difference = {
+                name: np.nan
+                if first[name]["value"] is None or second[name]["value"] is None
+                else first[name]["value"] - second[name]["value"]
+                for name in first
+            }
+            paired[f"{a}-{b}"] = as_report(difference, stderrs)
+    return paired
+
+
+def _notes(
+    config: Config, source: Source, metrics: dict[str, Any], exact: ExactNoHedge | None, n_groups: int
+) -> list[str]:
+    """What a reader must know before believing the table, one line each."""
+    notes = []
+    s = source.market_settings
+    scale = float(s.risk_aversion * s.spot0 * s.volatility * np.sqrt(s.maturity))
+    if not 0.1 <= scale <= 5:
+        notes.append(
+            f"risk_aversion * spot0 * volatility * sqrt(maturity) = {scale:.3g} lies outside 0.1 to 5: "
+            + ("risk aversion hardly matters" if scale < 0.1 else "the far tail carries entropic risks")
+        )
+    if exact is not None and exact.exercise_probability < 1e-4:
+        notes.append(
+            f"there is no liability here: the claim pays with probability {exact.exercise_probability:.1e}, "
+            "so doing nothing is optimal and no row is evidence of hedging"
+        )
+    if config.market.recorded and n_groups < MIN_GROUPS:
+        notes.append(f"too few independent times for standard errors: {n_groups} groups, wanted {MIN_GROUPS}")
+    metric = objective_metric(config)
+    reports = metrics["methods"]
+    unhedged = reports["no_hedge"]["final"][metric]["value"]
+    better = [
+        name
+        for name, report in reports.items()
+        if name != "no_hedge" and _beats(metrics, name, "no_hedge", metric)
+    ]
+    if unhedged is not None and len(reports) > 1 and not better:
+        notes.append(
+            f"no method beats not hedging by 3 standard errors of {metric}: at this cost and risk aversion "
+            "the table shows who has learned not to trade, not who hedges well"
+        )
+    for name, report in reports.items():
+        idle = "training" in report and report["final"]["turnover_mean"]["value"] == 0
+        if idle and better:
+            notes.append(
+                f"{name} does not trade although {better[0]} gains by it: a dead band, its gradient is "
+                "zero; lower training.learning_rate or raise training.warmup"
+            )
+    return notes
+
+
+def objective_metric(config: Config) -> str:
+    """The reported metric that corresponds to the objective (mean-variance: its entropic neighbour)."""
+    return "expected_shortfall" if config.risk.kind == "expected_shortfall" else "entropic_risk_measure"
+
+
+def _beats(metrics: dict[str, Any], a: str, b: str, metric: str) -> bool:
+    pair = metrics["paired"].get(f"{a}-{b}")
+    sign = 1.0
+    if pair is None:
+        pair, sign = metrics["paired"][f"{b}-{a}"], -1.0
+    value, error = pair[metric]["value"], pair[metric]["stderr"]
+    return value is not None and error is not None and sign * value < -3 * error
+
+
+def _pnl_arrays(rows: dict[str, _Row], paths: MarketPath, groups: Any) -> dict[str, np.ndarray]:
+    first = next(iter(rows.values()))
+    arrays = {
+        "payoff": np.asarray(first.money.payoff),
+        "final_spot": np.asarray(paths.spot[:, -1]),
+        "group_id": np.asarray(groups),
+    }
+    for name, row in rows.items():
+        for column in ("trading_gain", "trading_cost", "pnl"):
+            arrays[f"{name}/{column}"] = np.asarray(getattr(row.money, column))
+    return arrays
+
+
+def _sample_path(config: Config, source: Source) -> dict[str, np.ndarray]:
+    spot = np.asarray(source.test.spot[0])
+    return {"spot": spot, "time": np.arange(len(spot)) * config.market.years_per_step}
+
+
+def _sampled(name: str, policy: Any, params: Any, source: Source) -> dict[str, np.ndarray]:
+    """Hedge ratios, and bands where there are any, on the first test path."""
+    path = jax.tree.map(lambda x: x[0], source.test)
+    arrays = {f"{name}/hedge_ratio": policy.hedge_ratio(params, path, source.test_settings)}
+    if policy.band is not None:
+        lower, upper = policy.band(params, path, source.test_settings)
+        arrays |= {f"{name}/band_lower": lower, f"{name}/band_upper": upper}
+    return {key: np.asarray(value) for key, value in arrays.items()}

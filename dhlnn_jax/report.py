@@ -1,0 +1,299 @@
+"""Tables and figures of finished runs, from what their results folder holds and nothing else."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from dhlnn_jax.experiment import MIN_EFFECTIVE_PATHS, objective_metric
+from dhlnn_jax.methods import METHODS
+from dhlnn_jax.results import Results
+
+# Okabe and Ito's colours, distinguishable with any colour vision; line styles differ as well.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+
+_COLUMNS = {
+    "entropic_risk_measure": "entropic risk",
+    "expected_shortfall": "expected shortfall",
+    "value_at_risk": "value at risk",
+    "pnl_mean": "mean PnL",
+    "pnl_std": "st. dev. of PnL",
+    "trading_cost_mean": "mean cost",
+    "turnover_mean": "turnover (units)",
+}
+
+
+def label_of(name: str) -> str:
+    return METHODS[name].label
+
+
+def tail_not_estimable(report: dict[str, Any]) -> bool:
+    """Whether too few effective paths carry a simulated entropic risk for it to be shown as a number."""
+    ess = report["effective_sample_size"]
+    return report["estimator"] == "simulation" and (ess is None or ess < MIN_EFFECTIVE_PATHS)
+
+
+def _cell(metric: str, report: dict[str, Any]) -> str:
+    number = report["final"][metric]
+    if metric == "entropic_risk_measure" and tail_not_estimable(report):
+        ess = report["effective_sample_size"]
+        return f"tail not estimable (ESS {ess:.0f})" if ess is not None else "tail not estimable"
+    if number["value"] is None:
+        return "not finite"
+    if report["estimator"] == "quadrature":
+        return f"{number['value']:.6f} exact"
+    error = "?" if number["stderr"] is None else _two_digits(number["stderr"])
+    return f"{number['value']:.6f} ± {error}"
+
+
+def _two_digits(error: float) -> str:
+    return f"{error:.6f}" if error >= 1e-5 or error == 0 else f"{error:.1e}"
+
+
+def print_report(results: Results, figures: Sequence[Path]) -> None:
+    """The table, the paired differences and where everything lies on stdout; notes on stderr."""
+    from rich.console import Console
+    from rich.table import Table
+
+    # A pipe has no width: give the table what it needs instead of folding it at 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    reports = results.metrics["methods"]
+    metric = objective_metric(results.config)
+
+    table = Table(title=_title(results), title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for name, heading in _COLUMNS.items():
+        table.add_column(heading + (" ◂" if name == metric else ""), justify="right")
+    table.add_column("ESS", justify="right")
+    table.add_column("train s", justify="right")
+    for name, report in reports.items():
+        ess = report["effective_sample_size"]
+        table.add_row(
+            label_of(name),
+            *(_cell(column, report) for column in _COLUMNS),
+            "–" if ess is None else f"{ess:.0f}",
+            f"{report['train_seconds']:.1f}" if report["paths_simulated"] else "–",
+        )
+    console.print(table)
+
+    best = min(
+        (n for n in reports if reports[n]["final"][metric]["value"] is not None),
+        key=lambda n: reports[n]["final"][metric]["value"],
+        default=None,
+    )
+    if best is not None and len(reports) > 1:
+        against = Table(
+            title=f"{_COLUMNS[metric]} less that of {label_of(best)} (paired)", title_justify="left"
+        )
+        against.add_column("method", no_wrap=True)
+        against.add_column("difference ± standard error", justify="right")
+        for name in reports:
+            if name != best:
+                value, error = _paired(results, name, best, metric)
+                against.add_row(label_of(name), _signed(value, error))
+        console.print(against)
+    for note in results.meta["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"results: {results.folder}")
+    for figure in figures:
+        print(f"figure: {figure}")
+
+
+def _paired(results: Results, a: str, b: str, metric: str) -> tuple[float | None, float | None]:
+    pairs = results.metrics["paired"]
+    sign, pair = (1.0, pairs[f"{a}-{b}"]) if f"{a}-{b}" in pairs else (-1.0, pairs[f"{b}-{a}"])
+    value, error = pair[metric]["value"], pair[metric]["stderr"]
+    return (None if value is None else sign * value), error
+
+
+def _signed(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:+.6f} ± {'?' if error is None else _two_digits(error)}"
+
+
+def _title(results: Results) -> str:
+    config, meta = results.config, results.meta
+    volatility = f", volatility {config.market.volatility:g}" if not config.market.recorded else ""
+    cost = "half-spread" if config.cost.charge == "half_spread" else f"{config.cost.rate:g}"
+    paths = f"{meta['n_test_paths']} test paths"
+    if config.market.recorded:
+        paths += f" in {meta['n_test_groups']} time groups"
+    return (
+        f"{config.contract.kind}, strike {config.contract.strike:g}, {config.market.kind}{volatility}, "
+        f"{config.market.n_steps} steps, cost {cost}, risk aversion {config.risk.risk_aversion:g}, "
+        f"tail {config.risk.tail_prob:g}; {paths}; money, ± 1 standard error; ◂ what was minimized"
+    )
+
+
+def write_figures(results: Results) -> list[Path]:
+    """Draws every figure into the results folder; returns their paths."""
+    figures = {
+        "pnl_histogram.png": pnl_histogram(results),
+        "risk_by_epoch.png": risk_by_epoch(results),
+        "sample_path.png": sample_path(results),
+    }
+    written = []
+    for name, figure in figures.items():
+        if figure is not None:
+            path = results.folder / name
+            figure.savefig(path, dpi=150)
+            plt.close(figure)
+            written.append(path)
+    return written
+
+
+def _styles(results: Results) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "linestyle": _LINES[i % len(_LINES)],
+            "label": label_of(name),
+        }
+        for i, name in enumerate(results.metrics["methods"])
+    }
+
+
+def pnl_histogram(results: Results) -> Figure:
+    """Distribution of the PnL of every method over shared bins; the right panel has a logarithmic density."""
+    samples = {name: results.pnl[f"{name}/pnl"] for name in results.metrics["methods"]}
+    hedged = [sample for name, sample in samples.items() if name != "no_hedge"] or list(samples.values())
+    low = min(np.quantile(s, 0.001) for s in hedged)
+    high = max(np.quantile(s, 0.999) for s in hedged)
+    pad = 0.05 * (high - low) or 1e-3
+    n_bins = int(np.clip(np.sqrt(len(hedged[0])), 20, 120))
+    bins = np.linspace(low - pad, high + pad, n_bins + 1)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, scale in zip(axes, ("linear", "log"), strict=True):
+        for name, style in _styles(results).items():
+            # Clipping puts what lies beyond the ends into the end bins, so that every curve has mass one.
+            counts, _ = np.histogram(np.clip(samples[name], bins[0], bins[-1]), bins)
+            density = counts / counts.sum() / np.diff(bins)
+            axis.stairs(
+                density,
+                bins,
+                **{k: v for k, v in style.items() if k != "linestyle"},
+                linewidth=1.6,
+                linestyle=style["linestyle"],
+            )
+        axis.set_yscale(scale)
+        axis.set_xlabel(
+            "PnL of the seller (money; spot starts at "
+            f"{results.config.market.spot0:g}); end bins hold all beyond"
+        )
+        axis.grid(alpha=0.3)
+    peak = max(float(axes[0].dataLim.y1) if name else 0.0 for name in samples)
+    heights = [
+        np.histogram(np.clip(s, bins[0], bins[-1]), bins)[0].max() / len(s) / (bins[1] - bins[0])
+        for name, s in samples.items()
+        if name != "no_hedge"
+    ]
+    axes[0].set_ylim(0, 1.1 * max(heights, default=peak))
+    axes[0].set_ylabel("density (1/money)")
+    axes[1].set_title("the same, logarithmic", fontsize=10)
+    axes[0].set_title(f"{len(hedged[0])} test paths", fontsize=10)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def risk_by_epoch(results: Results) -> Figure | None:
+    """Training risk of fresh batches against the epoch; the levels of the untrained methods; None without training."""
+    reports = results.metrics["methods"]
+    metric = objective_metric(results.config)
+    if not any("training" in report for report in reports.values()):
+        return None
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    levels = []
+    for name, style in _styles(results).items():
+        report = reports[name]
+        final = report["final"][metric]["value"]
+        if "training" in report:
+            curve = report["training"]
+            axis.plot(curve["epoch"], curve["risk"], linewidth=0.8, alpha=0.45, color=style["color"])
+            axis.plot(curve["validation_epoch"], curve["validation_risk"], marker="o", markersize=3, **style)
+            measured = report["history"]
+            if measured:
+                axis.errorbar(
+                    [m["epoch"] for m in measured],
+                    [m[metric]["value"] for m in measured],
+                    yerr=[2 * (m[metric]["stderr"] or 0.0) for m in measured],
+                    fmt="s",
+                    markersize=4,
+                    color=style["color"],
+                    capsize=3,
+                )
+            levels += curve["validation_risk"]
+        elif final is not None and results.config.risk.kind != "quadratic":
+            if not tail_not_estimable(report):
+                axis.axhline(final, linewidth=1.2, **style)
+                if name != "no_hedge":
+                    levels.append(final)
+    low, high = min(levels), max(levels)
+    unhedged = reports["no_hedge"]["final"][metric]["value"]
+    # Far above everything else, no hedge would flatten the curves; it is then named instead of drawn.
+    if unhedged is not None and unhedged > high + 3 * (high - low):
+        axis.plot([], [], " ", label=f"(no hedge is at {unhedged:.4f}, above the figure)")
+    elif unhedged is not None:
+        low, high = min(low, unhedged), max(high, unhedged)
+    pad = 0.08 * (high - low) or 1e-4
+    axis.set_ylim(low - pad, high + pad)
+    axis.set_xlabel("epoch (one update on fresh paths each)")
+    axis.set_ylabel(f"{_OBJECTIVE_LABELS[results.config.risk.kind]} (money)")
+    axis.set_title(
+        "points: validation; thin lines: training batches; squares: test paths ± 2 s.e.", fontsize=10
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+_OBJECTIVE_LABELS = {
+    "entropic": "entropic risk",
+    "expected_shortfall": "expected shortfall",
+    "quadratic": "mean-variance risk",
+}
+
+
+def sample_path(results: Results) -> Figure:
+    """The first test path: the spot above, every method's hedge ratio and the trained bands below."""
+    arrays, config = results.sample_path, results.config
+    spot, steps = arrays["spot"], np.arange(len(arrays["spot"]))
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(9, 6.5), sharex=True, height_ratios=(1, 2), layout="constrained"
+    )
+    above.plot(steps, spot, color="black", linewidth=1.4)
+    above.axhline(config.contract.strike, color="grey", linewidth=1, linestyle=":", label="strike")
+    if config.contract.kind.startswith("lookback"):
+        above.plot(steps, np.maximum.accumulate(spot), color="grey", linewidth=1, label="running maximum")
+    above.set_ylabel("spot (money)")
+    above.legend(fontsize=8)
+    above.set_title("first test path", fontsize=10)
+    shaded = 0
+    for name, style in _styles(results).items():
+        ratio = arrays[f"{name}/hedge_ratio"]
+        below.step(steps, np.append(ratio, ratio[-1]), where="post", linewidth=1.5, **style)
+        if f"{name}/band_lower" in arrays and METHODS[name].trained and shaded < 2:
+            lower, upper = arrays[f"{name}/band_lower"], arrays[f"{name}/band_upper"]
+            shaded += 1
+            below.fill_between(
+                steps,
+                np.append(lower, lower[-1]),
+                np.append(upper, upper[-1]),
+                step="post",
+                color=style["color"],
+                alpha=0.13,
+                label=f"band of {style['label']}",
+            )
+    below.set_xlabel("step (a hedge ratio is held until the next one)")
+    below.set_ylabel("hedge ratio (units of the underlying)")
+    below.grid(alpha=0.3)
+    below.legend(fontsize=8, ncols=2)
+    return figure

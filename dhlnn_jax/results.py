@@ -1,0 +1,181 @@
+"""The results folder: what a run leaves on disk, written whole or not at all, and read back.
+
+config.toml       the resolved configuration
+metrics.json      every number of the table, its standard error, counts and seconds
+pnl.npz           per test path: payoff, final_spot, group_id, and <method>/{trading_gain,trading_cost,pnl}
+sample_path.npz   the first test path: spot, time, and <method>/{hedge_ratio,band_lower,band_upper}
+params/<method>/  parameters of the best and of the last epoch (orbax)
+meta.json         device, versions, commit, seconds, notes
+*.png             figures, drawn from the files above by `report`
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+import tomli_w
+
+from dhlnn_jax.config import Config, make_config
+from dhlnn_jax.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished run, in memory.
+
+    Attributes:
+      config: the resolved configuration. metrics: contents of metrics.json. meta: contents of meta.json.
+      pnl: contents of pnl.npz. sample_path: contents of sample_path.npz. folder: where they lie.
+    """
+
+    config: Config
+    metrics: dict[str, Any]
+    meta: dict[str, Any]
+    pnl: dict[str, np.ndarray]
+    sample_path: dict[str, np.ndarray]
+    folder: Path
+
+
+def claim_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Checks that a run may write to `folder`.
+
+    Raises: UsageError if it holds anything and neither overwriting nor resuming was asked for, or if what
+      would be overwritten was not written by a run.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"out = {str(folder)!r} is a file; name a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        if resume:
+            raise UsageError(f"nothing to resume in {str(folder)!r}; run without --resume")
+        return
+    ours = (folder / "config.toml").exists()
+    if resume:
+        if not ours:
+            raise UsageError(f"{str(folder)!r} was not written by a run (no config.toml); cannot resume")
+        return
+    if not overwrite:
+        raise UsageError(
+            f"results folder {str(folder)!r} exists; give --out another one, or --overwrite, or --resume"
+        )
+    if not ours:
+        raise UsageError(f"{str(folder)!r} was not written by a run (no config.toml); not overwritten")
+
+
+def open_folder(folder: Path, config: Config, *, overwrite: bool, resume: bool) -> None:
+    """Makes the folder (emptied if overwriting) and writes config.toml.
+
+    Raises: UsageError if a run with another configuration is to be resumed.
+    """
+    if resume:
+        if read_config(folder).model_dump(exclude={"out"}) != config.model_dump(exclude={"out"}):
+            raise UsageError(f"{str(folder)!r} was begun with another configuration; use --overwrite")
+        return
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = _without_none(config.model_dump(mode="json"))
+    _write(folder / "config.toml", lambda file: tomli_w.dump(values, file))
+
+
+def write_results(results: Results) -> None:
+    """Writes everything but parameters and figures; metrics.json comes last and marks the run as finished."""
+    folder = results.folder
+    _write(folder / "pnl.npz", lambda file: np.savez_compressed(file, **results.pnl))  # type: ignore[arg-type]
+    _write(
+        folder / "sample_path.npz",
+        lambda file: np.savez_compressed(file, **results.sample_path),  # type: ignore[arg-type]
+    )
+    write_json(folder / "meta.json", results.meta)
+    write_json(folder / "metrics.json", results.metrics)
+
+
+def read_results(folder: str | Path) -> Results:
+    """A finished run, from its folder alone.
+
+    Raises: UsageError if there is no finished run in the folder.
+    """
+    folder = Path(folder)
+    for name in ("config.toml", "metrics.json", "meta.json", "pnl.npz", "sample_path.npz"):
+        if not (folder / name).exists():
+            raise UsageError(f"{str(folder)!r} holds no finished run: {name} is missing")
+    arrays = {}
+    for name in ("pnl", "sample_path"):
+        with np.load(folder / f"{name}.npz", allow_pickle=False) as file:
+            arrays[name] = dict(file)
+    return Results(
+        config=read_config(folder),
+        metrics=json.loads((folder / "metrics.json").read_text()),
+        meta=json.loads((folder / "meta.json").read_text()),
+        pnl=arrays["pnl"],
+        sample_path=arrays["sample_path"],
+        folder=folder,
+    )
+
+
+def read_config(folder: Path) -> Config:
+    """The resolved configuration of a results folder. Raises: UsageError if there is none."""
+    path = folder / "config.toml"
+    if not path.exists():
+        raise UsageError(f"{str(folder)!r} is not a results folder: config.toml is missing")
+    return make_config(tomllib.loads(path.read_text()), source=str(path))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes JSON by replacing the file; not-a-number is refused rather than written."""
+    text = json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def machine() -> dict[str, Any]:
+    """Device, versions and commit, for meta.json."""
+    names = ("dhlnn-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "device": device_name(),
+        "versions": {name: metadata.version(name) for name in names},
+        "commit": _commit(),
+    }
+
+
+def device_name() -> str:
+    """The device arrays live on, such as "cpu" or "NVIDIA H100 80GB HBM3"."""
+    return jax.devices()[0].device_kind
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes beside the file and moves it into place, so that a kill leaves the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        write(file)
+    os.replace(partial, path)
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null; an option left out means its default, which is None for these."""
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None
+    }

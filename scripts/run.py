@@ -1,0 +1,8 @@
+"""Trains and compares hedgers from one configuration: python scripts/run.py CONFIG [--section.key value ...]"""
+
+import sys
+
+from dhlnn_jax.command_line import main
+
+if __name__ == "__main__":
+    sys.exit(main("run", sys.argv[1:]))

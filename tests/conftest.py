@@ -1,0 +1,29 @@
+"""Shared fixtures; under pytest every jaxtyping annotation of the package is checked with beartype."""
+
+import importlib.util
+
+if importlib.util.find_spec("beartype"):  # the GPU machine has no beartype: it runs the tests unchecked
+    from jaxtyping import install_import_hook
+
+    install_import_hook("dhlnn_jax", "beartype.beartype")
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(20250217)
+
+
+@pytest.fixture
+def strict_x64():
+    """Float64 and strict dtype promotion, rank promotion refused: for tests of the pure rooms only."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,68 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dhlnn_jax.model import BandNetwork, HedgeNetwork, Perceptron
+
+
+def test_perceptron_by_hand():
+    network = Perceptron((2,), 1)
+    params = {
+        "params": {
+            "Dense_0": {"kernel": jnp.array([[1.0, -1.0], [2.0, 0.5]]), "bias": jnp.array([0.5, 0.25])},
+            "Dense_1": {"kernel": jnp.array([[3.0], [10.0]]), "bias": jnp.array([-1.0])},
+        }
+    }
+    # x = (1, -1): hidden (1 - 2 + 0.5, -1 - 0.5 + 0.25) -> both negative; x = (1, 2): (5.5, 0.25)
+    output = network.apply(params, jnp.array([[1.0, -1.0], [1.0, 2.0]]))
+    np.testing.assert_allclose(output, [[-1.0], [3 * 5.5 + 10 * 0.25 - 1.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (7, 5)])
+def test_network_shapes(key, batch):
+    features, previous = jnp.ones((*batch, 3)), jnp.ones(batch)
+    band, hedge = BandNetwork((8,)), HedgeNetwork((8,))
+    band_params, hedge_params = band.init(key, features), hedge.init(key, features, previous)
+    assert band.apply(band_params, features).shape == (*batch, 2)
+    assert hedge.apply(hedge_params, features, previous).shape == batch
+    # parameters know the features but not the batch
+    assert jax.tree.map(jnp.shape, band_params) == jax.tree.map(jnp.shape, band.init(key, jnp.ones((1, 3))))
+
+
+def test_hidden_sizes_are_the_layers(key):
+    params = BandNetwork((5, 7, 4)).init(key, jnp.ones((1, 3)))
+    kernels = sorted(x.shape for x in jax.tree.leaves(params) if x.ndim == 2)
+    assert kernels == sorted([(3, 5), (5, 7), (7, 4), (4, 2)])
+    default = BandNetwork().init(key, jnp.ones((1, 3)))
+    assert [x.shape for x in jax.tree.leaves(default) if x.ndim == 2].count((64, 64)) == 3
+
+
+@pytest.mark.parametrize("network", [BandNetwork(), HedgeNetwork()])
+def test_outputs_start_near_zero(key, network):
+    features = jax.random.normal(key, (256, 3))
+    inputs = (features,) if isinstance(network, BandNetwork) else (features, jnp.zeros(256))
+    outputs = network.apply(network.init(jax.random.fold_in(key, 1), *inputs), *inputs)
+    assert 0 < float(jnp.max(jnp.abs(outputs))) < 0.2
+    # a tenth of what the usual initial weights give, exactly
+    usual = network.clone(output_scale=1.0)
+    unscaled = usual.apply(usual.init(jax.random.fold_in(key, 1), *inputs), *inputs)
+    np.testing.assert_allclose(10 * outputs, unscaled, rtol=1e-3, atol=1e-5)
+
+
+def test_band_network_sees_one_decision_at_a_time(key):
+    network, features = BandNetwork((8, 8)), jax.random.normal(key, (4, 3))
+    params = network.init(key, features)
+    other = features.at[2].add(1.0)
+    changed = np.any(np.asarray(network.apply(params, features) != network.apply(params, other)), axis=-1)
+    assert changed.tolist() == [False, False, True, False]
+
+
+def test_hedge_network_depends_on_previous(key):
+    network, features = HedgeNetwork((8, 8)), jnp.ones((1, 3))
+    params = network.init(key, features, jnp.zeros(1))
+    slope = jax.grad(lambda h: network.apply(params, features, h)[0])(jnp.array([0.3]))
+    assert abs(float(slope[0])) > 1e-4
+    assert float(network.apply(params, features, jnp.array([0.3]))[0]) != float(
+        network.apply(params, features, jnp.array([0.9]))[0]
+    )
