@@ -53,7 +53,7 @@ def price(
     t = _terms(log_moneyness, time_to_maturity, volatility)
     moneyness = jnp.exp(log_moneyness)
     alive = moneyness * norm.cdf(t.d1) - norm.cdf(t.d2)
-    return strike * jnp.where(t.alive, alive, jnp.maximum(moneyness - 1.0, 0.0))
+    return jnp.where(t.alive, alive, jnp.maximum(moneyness - 1.0, 0.0)) * strike
 
 
 def delta(
@@ -144,7 +144,7 @@ def lookback_price(
         t.d2
     )
     locked_in = jnp.maximum(jnp.exp(max_log_moneyness) - 1.0, 0.0)
-    return strike * (locked_in + jnp.where(t.alive, jnp.exp(-shift) * future, 0.0))
+    return (locked_in + jnp.where(t.alive, jnp.exp(-shift) * future, 0.0)) * strike
 
 
 def lookback_delta(

@@ -11,7 +11,8 @@ from dhlnn_jax.errors import UsageError
 
 _RUN_USAGE = """usage: python scripts/run.py CONFIG [--section.key value ...] [--overwrite | --resume]
 
-Trains every method of a TOML file (configs/), measures all on the same test paths and writes a results folder.
+Trains every method of a TOML file (see configs/), measures all on the same test paths and writes a
+results folder.
 
   --overwrite  replace an earlier run in the same folder
   --resume     go on with a run that was cut off, from its last checkpoints

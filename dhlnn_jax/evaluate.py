@@ -61,7 +61,7 @@ def hedged_paths(
         payoff = contract.payoff(path, settings)
         gain = trading_gain(path.spot, hedge_ratio)
         cost = contract.cost(path, settings)(trades(hedge_ratio), path.spot)
-        pnl = settings.premium - payoff + gain - cost
+        pnl = gain + settings.premium - payoff - cost
         return HedgedPaths(payoff, gain, cost, pnl, turnover(hedge_ratio))
 
     n_paths = paths.spot.shape[0]

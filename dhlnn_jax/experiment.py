@@ -91,7 +91,7 @@ def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Res
         sample_path |= _sampled(name, policy, params, source)
 
     exact = _exact_no_hedge(config, contract, source.market_settings)
-    metrics = {
+    metrics: dict[str, Any] = {
         "schema": 1,
         "seed": config.seed,
         "device": device_name(),
@@ -109,6 +109,7 @@ def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Res
                 "compile": sum(r.trained.compile_seconds for r in rows.values() if r.trained),
                 "train": sum(r.trained.train_seconds for r in rows.values() if r.trained),
             },
+            "settings": _numbers(source.settings),
             "n_test_paths": int(source.test.spot.shape[0]),
             "n_test_groups": n_groups,
             "notes": [*source.notes, *_notes(config, source, metrics, exact, n_groups)],
@@ -119,6 +120,11 @@ def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Res
     )
     write_results(results)
     return results
+
+
+def _numbers(settings: Settings) -> dict[str, Any]:
+    """Settings as plain floats: what hedgers of this run go by."""
+    return jax.tree.map(float, settings._asdict())
 
 
 def _method_report(row: _Row, exact: "ExactNoHedge | None") -> dict[str, Any]:
@@ -206,11 +212,17 @@ def _notes(
         for name, report in reports.items()
         if name != "no_hedge" and _beats(metrics, name, "no_hedge", metric)
     ]
-    if unhedged is not None and len(reports) > 1 and not better:
-        notes.append(
-            f"no method beats not hedging by 3 standard errors of {metric}: at this cost and risk aversion "
-            "the table shows who has learned not to trade, not who hedges well"
-        )
+    hedged = [report["final"][metric]["value"] for name, report in reports.items() if name != "no_hedge"]
+    hedged = [value for value in hedged if value is not None]
+    if unhedged is not None and hedged and not better:
+        if min(hedged) < unhedged:
+            what = "too few test paths, or too little to gain, to tell hedging from not hedging"
+        else:
+            what = (
+                "at this cost and risk aversion not trading is the best of these rows, and the table shows "
+                "who has learned not to trade, not who hedges well"
+            )
+        notes.append(f"no method beats no hedge by 3 paired standard errors of {metric}: {what}")
     for name, report in reports.items():
         idle = "training" in report and report["final"]["turnover_mean"]["value"] == 0
         if idle and better:

@@ -5,10 +5,11 @@ over (t, t + 1]. The band rules share one recursion, `band_hedge`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from dhlnn_jax import black_scholes
 from dhlnn_jax.features import log_moneyness, max_log_moneyness, time_to_maturity
@@ -120,7 +121,7 @@ def whalley_wilmott_hedge(
 
 
 def scan_hedge(
-    step: Callable[[ArrayLike, Array], tuple[Array, Array]], inputs: Array, previous: Array
+    step: Callable[[Array, Any], tuple[Array, Array]], inputs: Any, previous: Array
 ) -> tuple[Array, Array]:
     """The one recursion of hedgers that see their previous hedge ratio.
 

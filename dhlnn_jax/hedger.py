@@ -81,7 +81,7 @@ def make_inputs(
     names = tuple(features)
 
     def inputs(path: MarketPath, settings: Settings) -> tuple[Array, Array]:
-        around = settings if centre_strike is None else settings._replace(strike=centre_strike)
+        around = settings if centre_strike is None else settings._replace(strike=jnp.asarray(centre_strike))
         return feature_matrix(names, path, settings), centre(path, around)
 
     return inputs
@@ -101,7 +101,7 @@ def make_band_hedger(
 
     Source: paper Eq. (16)-(17) and App. D.
     """
-    network = BandNetwork(tuple(hidden_sizes))
+    network: Any = BandNetwork(tuple(hidden_sizes))
 
     def band(raw: Array, centre: Array) -> tuple[Array, Array]:
         half_widths = nn.leaky_relu(raw, 0.01)
@@ -128,7 +128,7 @@ def make_recurrent_hedger(
 
     "delta_plus_tanh": h_t = centre + tanh(raw_t), Imaki et al.'s baseline. "direct": h_t = raw_t.
     """
-    network = HedgeNetwork(tuple(hidden_sizes))
+    network: Any = HedgeNetwork(tuple(hidden_sizes))
 
     def position(raw: Array, centre: Array) -> Array:
         return centre + jnp.tanh(raw) if form == "delta_plus_tanh" else raw

@@ -76,7 +76,7 @@ def gbm_path(
     noise = jnp.asarray(noise)
     log_return = (drift - 0.5 * jnp.square(volatility)) * dt + volatility * jnp.sqrt(dt) * noise
     log_spot = jnp.concatenate([jnp.zeros_like(noise, shape=(1,)), jnp.cumsum(log_return)])
-    return MarketPath(spot=spot0 * jnp.exp(log_spot))
+    return MarketPath(spot=jnp.exp(log_spot) * spot0)
 
 
 class Simulator(NamedTuple):

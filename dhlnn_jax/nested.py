@@ -90,9 +90,9 @@ def optax_update(optimizer: optax.GradientTransformation) -> Update:
 
 
 class NestedState(NamedTuple):
-    """State of `nested_update`: the outer count, Adam's second moment and the wrapped optimizer's state."""
+    """Outer iterations done, Adam's second moment of the exact gradient, the wrapped optimizer's state."""
 
-    count: Array
+    n_outer: Array
     second_moment: Params
     optimizer: optax.OptState
 
@@ -167,20 +167,20 @@ def nested_update(
         else:
             first_gradient, n_first = expansion.vjp(jax.grad(objective)(expansion.value)), 2
 
-        count = state.count + 1
+        n_outer = state.n_outer + 1
         second_moment = state.second_moment
         if inner_update == "frozen_preconditioner":
             second_moment = jax.tree.map(
                 lambda v, g: b2 * v + (1.0 - b2) * jnp.square(g), second_moment, exact_gradient
             )
-        eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        eta = learning_rate(state.n_outer) if callable(learning_rate) else learning_rate
 
         def inner_step(gradient: Params, inner: optax.OptState, params: Params):
             """d_j and the running state, from g_j."""
             if inner_update == "sgd":
                 return jax.tree.map(lambda g: -eta * g, gradient), inner
             if inner_update == "frozen_preconditioner":
-                unbias = 1.0 - b2**count
+                unbias = 1.0 - b2**n_outer
                 scale = lambda g, v: -eta * g / (jnp.sqrt(v / unbias) + eps)  # noqa: E731
                 return jax.tree.map(scale, gradient, second_moment), inner
             if inner_update == "adam":
@@ -211,7 +211,7 @@ def nested_update(
         n_done, params, kept, _ = jax.lax.while_loop(go_on, iterate, first)
         n_gradients = n_first + (0 if inner_update == "frozen_direction" else n_done - 1)
         info = UpdateInfo(risk, optax.global_norm(exact_gradient), jnp.asarray(n_gradients), expansion.value)
-        return params, NestedState(count, second_moment, kept), info
+        return params, NestedState(n_outer, second_moment, kept), info
 
     return Update(init, apply, "hedge_ratio" if linearization == "position" else "raw", cost_surrogate)
 

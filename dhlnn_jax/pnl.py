@@ -95,7 +95,7 @@ def hedged_pnl(
     Source: paper Eq. (8), first purchase charged, traded and priced at t.
     """
     gain = trading_gain(spot, hedge_ratio)
-    return premium - jnp.asarray(payoff) + gain - cost(trades(hedge_ratio), spot)
+    return gain + premium - payoff - cost(trades(hedge_ratio), spot)
 
 
 class Contract(NamedTuple):

@@ -205,7 +205,7 @@ def pnl_histogram(results: Results) -> Figure:
 
 
 def risk_by_epoch(results: Results) -> Figure | None:
-    """Training risk of fresh batches against the epoch; the levels of the untrained methods; None without training."""
+    """Risk against the epoch, and the levels of untrained methods; None if nothing was trained."""
     reports = results.metrics["methods"]
     metric = objective_metric(results.config)
     if not any("training" in report for report in reports.values()):

@@ -41,7 +41,7 @@ def entropic_risk_measure(
       estimate: look at `effective_sample_size`.
     Source: paper Eq. (29), sign corrected; Foellmer and Schied (2002).
     """
-    loss = -risk_aversion * pnl
+    loss = -(risk_aversion * pnl)
     total = jnp.sum(weights) if weights is not None else jnp.asarray(pnl.shape[0], pnl.dtype)
     return (jax.nn.logsumexp(loss, b=weights) - jnp.log(total)) / risk_aversion
 
@@ -177,7 +177,7 @@ def effective_sample_size(
 
     Source: Kong (1992).
     """
-    log_weight = -risk_aversion * pnl
+    log_weight = -(risk_aversion * pnl)
     return jnp.exp(2.0 * jax.nn.logsumexp(log_weight) - jax.nn.logsumexp(2.0 * log_weight))
 
 
@@ -203,13 +203,13 @@ def clustered_stderr(
     """
     n_paths = influences.shape[0]
     if group_ids is None:
-        sums, n_groups = influences, jnp.asarray(n_paths)
+        sums, n_groups = influences, jnp.asarray(n_paths, influences.dtype)
         present = jnp.ones(n_paths, bool)
     else:
         _, ids, counts = jnp.unique(group_ids, return_inverse=True, return_counts=True, size=n_paths)
         sums = jax.ops.segment_sum(influences, ids, num_segments=n_paths)
         present = counts > 0
-        n_groups = jnp.sum(present)
+        n_groups = jnp.sum(present, dtype=influences.dtype)
     centred = jnp.where(present, sums - jnp.sum(sums) / n_groups, 0.0)
     return jnp.sqrt(n_groups / (n_groups - 1) * jnp.sum(jnp.square(centred)))
 

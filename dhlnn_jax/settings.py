@@ -2,9 +2,8 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import ArrayLike
+from jaxtyping import Array, ArrayLike
 
 
 class Settings(NamedTuple):
@@ -27,17 +26,17 @@ class Settings(NamedTuple):
       parameters: further numbers by name, for simulators that need more than these.
     """
 
-    strike: ArrayLike
-    cost_rate: ArrayLike
-    risk_aversion: ArrayLike
-    tail_prob: ArrayLike
-    volatility: ArrayLike
-    drift: ArrayLike
-    dt: ArrayLike
-    maturity: ArrayLike
-    spot0: ArrayLike = 1.0
-    premium: ArrayLike = 0.0
-    parameters: dict[str, ArrayLike] = {}  # noqa: RUF012  (read only, and NamedTuple has no default factory)
+    strike: Array
+    cost_rate: Array
+    risk_aversion: Array
+    tail_prob: Array
+    volatility: Array
+    drift: Array
+    dt: Array
+    maturity: Array
+    spot0: Array = 1.0  # type: ignore[assignment]
+    premium: Array = 0.0  # type: ignore[assignment]
+    parameters: dict[str, Array] = {}  # read only
 
 
 def make_settings(
@@ -56,28 +55,29 @@ def make_settings(
     parameters: dict[str, ArrayLike] | None = None,
 ) -> Settings:
     """Settings as arrays of the default float type, with `maturity = n_steps * dt` if it is not given."""
-    settings = Settings(
-        strike=strike,
-        cost_rate=cost_rate,
-        risk_aversion=risk_aversion,
-        tail_prob=tail_prob,
-        volatility=volatility,
-        drift=drift,
-        dt=dt,
-        maturity=n_steps * jnp.asarray(dt, float) if maturity is None else maturity,
-        spot0=spot0,
-        premium=premium,
-        parameters=parameters or {},
-    )
-    return jax.tree.map(lambda x: jnp.asarray(x, float), settings)
+    numbers = {
+        "strike": strike,
+        "cost_rate": cost_rate,
+        "risk_aversion": risk_aversion,
+        "tail_prob": tail_prob,
+        "volatility": volatility,
+        "drift": drift,
+        "dt": dt,
+        "maturity": n_steps * jnp.asarray(dt, float) if maturity is None else maturity,
+        "spot0": spot0,
+        "premium": premium,
+    }
+    arrays = {name: jnp.asarray(number, float) for name, number in numbers.items()}
+    further = {name: jnp.asarray(number, float) for name, number in (parameters or {}).items()}
+    return Settings(**arrays, parameters=further)
 
 
-def keywords_from(settings: Settings, names: tuple[str, ...]) -> dict[str, ArrayLike]:
+def keywords_from(settings: Settings, names: tuple[str, ...]) -> dict[str, Array]:
     """The named numbers of `settings`, looked up among its fields and then its `parameters`.
 
     Raises: KeyError naming the number that is in neither.
     """
-    found: dict[str, ArrayLike] = {}
+    found: dict[str, Array] = {}
     for name in names:
         if name != "parameters" and name in Settings._fields:
             found[name] = getattr(settings, name)

@@ -1,6 +1,6 @@
 """From the configured market to samplers: where training, validation and test paths come from."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +69,12 @@ def make_source(config: Config, key: PRNGKeyArray) -> Source:
 def _simulated_source(config: Config, key: PRNGKeyArray) -> Source:
     simulator, market = SIMULATORS[config.market.kind], config.market
     settings = settings_of(config)
-    changed = {k: v for k, v in config.evaluation.market.model_dump().items() if v is not None}
-    market_settings = settings._replace(**{k: jnp.asarray(v, float) for k, v in changed.items()})
+    changed: dict[str, Any] = {
+        name: jnp.asarray(number, float)
+        for name, number in config.evaluation.market.model_dump().items()
+        if number is not None
+    }
+    market_settings = settings._replace(**changed)
     refreshed = config.evaluation.volatility_seen == "refreshed"
     # Test paths are always plain draws, so that their standard errors need no assumption.
     sample_test = make_simulation_sampler(simulator, n_steps=market.n_steps)
@@ -90,23 +94,23 @@ def _recorded_source(config: Config) -> Source:
     from dhlnn_jax import history, orderbook, paths_file, recorded
 
     market = config.market
+    path = market.path or ""  # the configuration requires one where there is no default
     if market.kind == "history":
         prices = history.load_history(
             market.path, n_steps=market.n_steps, tickers=market.tickers, test_fraction=market.test_fraction
         )
     elif market.kind == "order_book":
         prices = orderbook.load_order_book(
-            market.path, n_steps=market.n_steps, wap=market.wap, test_fraction=market.test_fraction
+            path, n_steps=market.n_steps, wap=market.wap, test_fraction=market.test_fraction
         )
     else:
-        prices = paths_file.load_paths_file(
-            market.path, n_steps=market.n_steps, test_fraction=market.test_fraction
-        )
+        prices = paths_file.load_paths_file(path, n_steps=market.n_steps, test_fraction=market.test_fraction)
     dt = market.years_per_step
     if market.target_volatility is not None:
         prices = recorded.rescale(prices, dt=dt, target_volatility=market.target_volatility)
     train, train_groups, test, test_groups, notes = recorded.as_market_paths(prices, dt=dt)
     train, test = (_scaled(paths, market.spot0) for paths in (train, test))
+    assert train.variance is not None
     typical = float(jnp.sqrt(jnp.mean(train.variance)))
     settings = settings_of(config, volatility=typical)
     return Source(

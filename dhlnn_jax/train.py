@@ -52,7 +52,7 @@ TrainStep = Callable[[TrainState, PRNGKeyArray, Settings], tuple[TrainState, Tra
 
 def init_state(hedger: Hedger, update: Update, key: PRNGKeyArray) -> TrainState:
     """State before the first epoch."""
-    params = hedger.init(key)
+    params = jax.jit(hedger.init)(key)  # one compilation instead of one for each small operation
     return TrainState(params, update.init(params), jnp.asarray(0))
 
 
@@ -88,10 +88,15 @@ def make_train_step(
         def pnl_of(contract: Contract, hedge_ratio: Array) -> Array:
             return jax.vmap(lambda path, h: contract_pnl(contract, path, h, settings))(paths, hedge_ratio)
 
-        if update.cut == "raw":
-            outputs, hedge = raw_outputs, positions
-        else:
-            outputs, hedge = lambda params: positions(raw_outputs(params)), lambda hedge_ratio: hedge_ratio
+        cut_at_raw = update.cut == "raw"
+
+        def outputs(params: Params) -> Array:
+            raw = raw_outputs(params)
+            return raw if cut_at_raw else positions(raw)
+
+        def hedge(outputs: Array) -> Array:
+            return positions(outputs) if cut_at_raw else outputs
+
         problem = Problem(
             outputs=outputs,
             value=lambda y: pnl_of(contract, hedge(y)),

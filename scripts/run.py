@@ -1,4 +1,4 @@
-"""Trains and compares hedgers from one configuration: python scripts/run.py CONFIG [--section.key value ...]"""
+"""Trains and compares hedgers: python scripts/run.py CONFIG [--section.key value ...]"""
 
 import sys
 

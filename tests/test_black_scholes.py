@@ -68,9 +68,7 @@ def test_gamma_is_the_difference_quotient_of_delta(strict_x64, point):
     x, time, volatility = numbers(*point)
     spot, h = STRIKE * math.exp(point[0]), 1e-5
     up, down = (delta(jnp.log(s / STRIKE), time, volatility) for s in (spot + h, spot - h))
-    np.testing.assert_allclose(
-        gamma(x, time, volatility, strike=STRIKE), (up - down) / (2 * h), rtol=1e-6
-    )
+    np.testing.assert_allclose(gamma(x, time, volatility, strike=STRIKE), (up - down) / (2 * h), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("x", "expired_delta"), [(-0.1, 0.0), (0.0, 0.5), (0.1, 1.0)])

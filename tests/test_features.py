@@ -19,7 +19,7 @@ BY_HAND = {
     "standardised_log_moneyness": [-0.4492966, 0.4101755, -0.9459706],
     "standardised_max_log_moneyness": [-0.4492966, 0.4101755, 0.4101755],
     "standardised_time_to_maturity": [1.0, 0.6, 0.2],
-    "deviations_from_strike": [-0.4492966, 0.4585901, -1.2212427],
+    "deviations_from_strike": [-0.4492966, 0.4585902, -1.2212430],
     "cost_rate": [0.002, 0.002, 0.002],
     "risk_aversion": [7.0, 7.0, 7.0],
     "strike": [1.1, 1.1, 1.1],
@@ -34,7 +34,7 @@ def settings(**changes):
 @pytest.mark.parametrize("name", BY_HAND)
 def test_feature_by_hand(strict_x64, name):
     value = FEATURES[name](MarketPath(jnp.array(SPOT)), settings())
-    np.testing.assert_allclose(value, BY_HAND[name], atol=6e-8)
+    np.testing.assert_allclose(value, BY_HAND[name], atol=1e-7)
 
 
 def full_path(spot, variance, half_spread):
@@ -79,15 +79,17 @@ def test_every_feature_is_blind_to_the_future_by_change(matrix_of):
 
 def test_market_quotes_come_before_settings():
     path = full_path(*WHOLE)
-    np.testing.assert_allclose(FEATURES["volatility"](path, settings()), [0.2, 0.3, 0.1, 0.05**0.5], rtol=1e-6)
+    np.testing.assert_allclose(
+        FEATURES["volatility"](path, settings()), [0.2, 0.3, 0.1, 0.05**0.5], rtol=1e-6
+    )
     np.testing.assert_allclose(FEATURES["cost_rate"](path, settings()), [0.01, 0.02, 0.03, 0.04], rtol=1e-6)
     # deviations use the volatility of their own time: log(1.2 / 1.1) / (0.3 sqrt(0.4))
     deviations = FEATURES["deviations_from_strike"](path, settings())
-    assert float(deviations[1]) == pytest.approx(0.4585901, abs=1e-6)
+    assert float(deviations[1]) == pytest.approx(0.4585902, abs=1e-6)
 
 
-def test_standardised_features_ranges(key):
-    spot = jnp.exp(jnp.cumsum(0.3 * jax.random.normal(key, (50,))))
+def test_standardised_features_ranges():
+    spot = jnp.asarray(np.exp(np.cumsum(0.3 * np.random.default_rng(0).normal(size=50))), jnp.float32)
     path, numbers = MarketPath(spot), settings(maturity=5.0, volatility=0.05)
     time = np.asarray(FEATURES["standardised_time_to_maturity"](path, numbers))
     assert time[0] == 1.0 and np.all(np.diff(time) < 0) and -1.0 <= time[-1] < -0.9

@@ -177,9 +177,7 @@ def test_simulator_with_its_own_numbers_registers_by_one_function(key, monkeypat
     toy = Simulator(stochastic_variance_path, lambda n_steps: (n_steps, 2))
     monkeypatch.setitem(market.SIMULATORS, "toy", toy)
     sample = market.make_simulation_sampler(market.SIMULATORS["toy"], n_steps=3)
-    settings = make_settings(
-        n_steps=3, dt=0.25, parameters={"long_variance": 0.16, "noise_of_variance": 0.5}
-    )
+    settings = make_settings(n_steps=3, dt=0.25, parameters={"long_variance": 0.16, "noise_of_variance": 0.5})
     paths, _ = jax.jit(lambda key, s: sample(key, 5000, s))(key, settings)
     assert paths.spot.shape == (5000, 4) and paths.variance.shape == (5000, 4)
     first_step = np.asarray(paths.spot[:, 1] - paths.spot[:, 0])
@@ -191,7 +189,8 @@ def test_simulator_with_its_own_numbers_registers_by_one_function(key, monkeypat
 
 
 RECORDED = MarketPath(
-    spot=jnp.array([[1.0, 1.1], [1.0, 0.8], [1.0, 1.3]]), half_spread=jnp.array([[0.1, 0.11], [0.2] * 2, [0.3] * 2])
+    spot=jnp.array([[1.0, 1.1], [1.0, 0.8], [1.0, 1.3]]),
+    half_spread=jnp.array([[0.1, 0.11], [0.2] * 2, [0.3] * 2]),
 )
 GROUPS = jnp.array([4, 4, 9])
 

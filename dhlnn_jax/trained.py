@@ -1,0 +1,132 @@
+"""Applies the hedger of a finished run to the user's own prices."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike
+
+from dhlnn_jax.checkpoint import load_tree
+from dhlnn_jax.config import Config
+from dhlnn_jax.errors import UsageError
+from dhlnn_jax.evaluate import HedgedPaths, hedged_paths
+from dhlnn_jax.experiment import make_contract
+from dhlnn_jax.fitting import build_hedger, build_policy
+from dhlnn_jax.hedger import Policy
+from dhlnn_jax.market import MarketPath
+from dhlnn_jax.methods import METHODS
+from dhlnn_jax.results import read_results
+from dhlnn_jax.settings import Settings, make_settings
+
+
+class Positions(NamedTuple):
+    """What to hold at each given time, [..., n_times]; the band's edges are None for hedgers without one."""
+
+    hedge_ratio: Array
+    band_lower: Array | None
+    band_upper: Array | None
+
+
+class TrainedHedger(NamedTuple):
+    """A method of a finished run, ready for other prices.
+
+    Prices may be in any unit: the contract is scaled so that `market.spot0` is the first price of each path
+    (a strike of 1 with spot0 = 1 is at the money of that day). Hedge ratios have no unit; money comes back in
+    the unit of the prices.
+    """
+
+    config: Config
+    policy: Policy
+    params: Any
+    settings: Settings
+
+    def positions(self, spot: ArrayLike, *, volatility: ArrayLike | None = None) -> Positions:
+        """Hedge ratios and band edges at every price given so far.
+
+        Args:
+          spot: [..., n_times], 1 <= n_times; one more than n_steps are allowed, the last is then not used.
+          volatility: per square root of a year; default what the hedger was trained with.
+        Raises: UsageError for prices that cannot be used.
+        """
+        n_steps = self.config.market.n_steps
+        prices = _checked_prices(spot, least=1, most=n_steps + 1)[..., :n_steps]
+        # A policy never looks at the last point of a path, so that today's price is repeated as tomorrow's.
+        whole = np.concatenate([prices, prices[..., -1:]], axis=-1)
+        settings = self._settings(volatility)
+
+        def one(path: Array) -> Positions:
+            market_path = MarketPath(spot=path)
+            lower = upper = None
+            if self.policy.band is not None:
+                lower, upper = self.policy.band(self.params, market_path, settings)
+            return Positions(self.policy.hedge_ratio(self.params, market_path, settings), lower, upper)
+
+        flat = self._scaled(whole.reshape(-1, whole.shape[-1]))
+        positions = jax.jit(jax.vmap(one))(flat)
+        return jax.tree.map(lambda x: x.reshape(prices.shape), positions)
+
+    def pnl(self, spot: ArrayLike, *, volatility: ArrayLike | None = None) -> HedgedPaths:
+        """Payoff, gain, cost and PnL of hedging the contract along whole paths, in the unit of the prices.
+
+        Args:
+          spot: [n_paths, n_steps + 1] or [n_steps + 1].
+          volatility: as in `positions`.
+        Raises: UsageError for prices that cannot be used, or a contract charged by the half-spread.
+        """
+        if self.config.cost.charge == "half_spread":
+            raise UsageError("this hedger was charged the quoted half-spread; plain prices quote none")
+        n_points = self.config.market.n_steps + 1
+        prices = _checked_prices(spot, least=n_points, most=n_points)
+        rows = prices.reshape(-1, n_points)
+        money = hedged_paths(
+            self.policy,
+            self.params,
+            MarketPath(spot=self._scaled(rows)),
+            make_contract(self.config),
+            self._settings(volatility),
+        )
+        unit = jnp.asarray(rows[:, 0] / self.config.market.spot0, float)
+        scaled = jax.tree.map(lambda x: x * unit, money)._replace(turnover=money.turnover)
+        return jax.tree.map(lambda x: x.reshape(prices.shape[:-1]), scaled)
+
+    def _scaled(self, rows: np.ndarray) -> Array:
+        return jnp.asarray(rows / rows[:, :1] * self.config.market.spot0, float)
+
+    def _settings(self, volatility: ArrayLike | None) -> Settings:
+        if volatility is None:
+            return self.settings
+        return self.settings._replace(volatility=jnp.asarray(volatility, float))
+
+
+def load(results_folder: str | Path, method: str) -> TrainedHedger:
+    """A method of a finished run, with the parameters that its table was measured with.
+
+    Raises: UsageError if the folder holds no finished run, or the run has no such method.
+    """
+    results = read_results(results_folder)
+    config = results.config
+    if method not in results.metrics["methods"]:
+        known = ", ".join(results.metrics["methods"])
+        raise UsageError(f"{str(results_folder)!r} has no method {method!r}; it has {known}")
+    params = None
+    if METHODS[method].trained:
+        hedger = build_hedger(method, config)
+        folder = Path(results_folder) / "params" / method / config.evaluation.parameters
+        params = load_tree(folder, jax.eval_shape(hedger.init, jax.random.key(0)))
+    numbers = results.meta["settings"]
+    settings = make_settings(n_steps=config.market.n_steps, **numbers)
+    return TrainedHedger(config, build_policy(method, config), params, settings)
+
+
+def _checked_prices(spot: ArrayLike, *, least: int, most: int) -> np.ndarray:
+    """Prices as float64. Raises: UsageError for a wrong length or a price not finite and positive."""
+    prices = np.asarray(spot, dtype=float)
+    n_points = prices.shape[-1] if prices.ndim else 0
+    if not least <= n_points <= most:
+        wanted = f"{least}" if least == most else f"{least} to {most}"
+        raise UsageError(f"spot must have {wanted} prices along its last axis, got {n_points}")
+    if not (np.isfinite(prices).all() and (prices > 0).all()):
+        raise UsageError("spot must be finite and positive")
+    return prices

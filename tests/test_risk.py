@@ -1,0 +1,293 @@
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dhlnn_jax import risk
+
+entropic = partial(risk.entropic_risk_measure, risk_aversion=5.0)
+shortfall = partial(risk.expected_shortfall, tail_prob=0.13)
+threshold = partial(risk.value_at_risk, tail_prob=0.13)
+quadratic = partial(risk.quadratic_risk, risk_aversion=5.0)
+
+
+def exponential_oce(pnl, *, weights=None):
+    loss = risk.exponential_loss(5.0)
+    return risk.optimized_certainty_equivalent(pnl, loss=loss, weights=weights)[0]
+
+
+MEASURES = {
+    "entropic": entropic,
+    "shortfall": shortfall,
+    "threshold": threshold,
+    "quadratic": quadratic,
+    "exponential_oce": exponential_oce,
+}
+CONVEX = {name: MEASURES[name] for name in ("entropic", "shortfall", "exponential_oce")}
+Z_TENTH, DENSITY_TENTH = 1.2815515655446004, 0.17549833193248685  # of a standard normal: quantile, density
+
+
+def normals(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+# --- axioms -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_risk_is_cash_invariant(strict_x64, name):
+    pnl = normals(50)
+    measure = jax.jit(MEASURES[name])
+    np.testing.assert_allclose(measure(pnl + 3.25), measure(pnl) - 3.25, atol=1e-12)
+    assert measure(jnp.full(7, -2.0)) == pytest.approx(2.0, abs=1e-12)  # a sure loss is worth itself
+
+
+@pytest.mark.parametrize("name", CONVEX)
+def test_risk_is_monotone(strict_x64, name):
+    pnl, measure = normals(50), jax.jit(CONVEX[name])
+    worst = int(np.argmin(pnl))
+    assert measure(pnl.at[worst].add(0.3)) < measure(pnl)
+    assert measure(pnl + jnp.abs(normals(50, seed=1))) < measure(pnl)
+    for i in range(0, 50, 10):  # nobody is better off by losing
+        assert measure(pnl.at[i].add(-0.3)) >= measure(pnl) - 1e-12
+
+
+@pytest.mark.parametrize("name", CONVEX)
+def test_risk_is_convex(strict_x64, name):
+    measure = jax.jit(CONVEX[name])
+    pairs = normals(20, 2, 50)
+    for one, other in pairs:
+        mixed, apart = measure(0.3 * one + 0.7 * other), 0.3 * measure(one) + 0.7 * measure(other)
+        assert mixed < apart - 1e-3  # strictly, for two samples that do not move together
+
+
+def test_expected_shortfall_is_positively_homogeneous(strict_x64):
+    pnl = normals(50)
+    np.testing.assert_allclose(shortfall(3.0 * pnl), 3.0 * shortfall(pnl), rtol=1e-13)
+
+
+# --- values -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tail_prob", "shortfall_by_hand", "threshold_by_hand"),
+    [(0.2, 3.0, 3.0), (0.3, 3.5 / 1.5, 1.0), (0.4, 2.0, 1.0), (0.5, 4.0 / 2.5, 0.0), (0.1, 3.0, 3.0)],
+)
+def test_tail_by_hand(strict_x64, tail_prob, shortfall_by_hand, threshold_by_hand):
+    pnl = jnp.array([2.0, -1.0, 0.0, -3.0, 5.0])  # losses from the worst: 3, 1, 0, -2, -5
+    value = risk.expected_shortfall(pnl, tail_prob=tail_prob)
+    assert float(value) == pytest.approx(shortfall_by_hand, abs=1e-14)
+    assert float(risk.value_at_risk(pnl, tail_prob=tail_prob)) == threshold_by_hand
+
+
+def test_expected_shortfall_of_everything_is_minus_the_mean(strict_x64):
+    pnl = normals(37)
+    np.testing.assert_allclose(risk.expected_shortfall(pnl, tail_prob=1.0), -np.mean(pnl), rtol=1e-12)
+
+
+def test_mean_deviation_and_quadratic_by_hand(strict_x64):
+    pnl = jnp.array([1.0, 2.0, 4.0])  # mean 7/3, variance 7 - 49/9 = 14/9
+    assert float(risk.mean(pnl)) == pytest.approx(7 / 3)
+    assert float(risk.standard_deviation(pnl)) == pytest.approx(math.sqrt(14) / 3)
+    assert float(risk.quadratic_risk(pnl, risk_aversion=6.0)) == pytest.approx(-7 / 3 + 14 / 3)
+    value, slope = jax.value_and_grad(risk.standard_deviation)(jnp.full(3, 0.7))
+    assert float(value) == 0.0 and slope.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_entropic_risk_by_hand(strict_x64):
+    pnl = jnp.array([0.0, -math.log(3.0) / 2.0])  # e^(-2 pnl) = 1, 3
+    assert float(risk.entropic_risk_measure(pnl, risk_aversion=2.0)) == pytest.approx(math.log(2.0) / 2.0)
+
+
+GAUSSIAN = {  # of a normal with mean 0.2 and deviation 0.5
+    "entropic": (partial(risk.entropic_risk_measure, risk_aversion=2.0), -0.2 + 2.0 * 0.25 / 2),
+    "quadratic": (partial(risk.quadratic_risk, risk_aversion=2.0), -0.2 + 2.0 * 0.25 / 2),
+    "shortfall": (partial(risk.expected_shortfall, tail_prob=0.1), -0.2 + 0.5 * DENSITY_TENTH / 0.1),
+    "threshold": (partial(risk.value_at_risk, tail_prob=0.1), -0.2 + 0.5 * Z_TENTH),
+}
+
+
+@pytest.mark.parametrize("name", GAUSSIAN)
+def test_risk_of_a_gaussian_within_4_stderr(x64, name):
+    measure, exact = GAUSSIAN[name]
+    pnl = 0.2 + 0.5 * normals(20_000)
+    value, stderr = jax.jit(lambda x: (measure(x), risk.stderr(measure, x)))(pnl)
+    assert 0 < float(stderr) < 0.012
+    assert abs(float(value) - exact) < 4 * float(stderr)
+
+
+@pytest.mark.parametrize("name", [*MEASURES, "deviation"])
+def test_weights_count_as_repetition(strict_x64, name):
+    measure = MEASURES.get(name, risk.standard_deviation)
+    pnl, times = normals(6), np.array([2, 1, 3, 1, 2, 4])
+    of_weights = jax.jit(lambda weights: measure(pnl, weights=weights))
+    weighted = of_weights(jnp.asarray(times, float))
+    np.testing.assert_allclose(weighted, measure(jnp.asarray(np.repeat(pnl, times))), rtol=1e-12)
+    scaled = of_weights(jnp.asarray(times / 7.0))  # they need not sum to anything
+    np.testing.assert_allclose(scaled, weighted, rtol=1e-12)
+    assert abs(float(weighted - measure(pnl))) > 1e-3 or name == "threshold"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_extreme_pnl_finite_value_and_slope(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        pnl = jnp.array([-1000.0, 0.0, 1000.0], dtype)
+        measures = {
+            "entropic": (partial(risk.entropic_risk_measure, risk_aversion=50.0), 1000 - math.log(3) / 50),
+            "shortfall": (partial(risk.expected_shortfall, tail_prob=1 / 6), 1000.0),
+            "threshold": (partial(risk.value_at_risk, tail_prob=1 / 6), 1000.0),
+        }
+        for measure, expected in measures.values():
+            value, slope = jax.jit(jax.value_and_grad(measure))(pnl)
+            assert float(value) == pytest.approx(expected, rel=1e-6)
+            np.testing.assert_allclose(slope, [-1.0, 0.0, 0.0], atol=1e-6)
+
+
+def test_entropic_risk_becomes_quadratic_for_small_risk_aversion(strict_x64):
+    pnl = jnp.exp(normals(200))  # skewed, so that the next term, -lambda^2 kappa_3 / 6, is there to be seen
+    difference = lambda a: float(  # noqa: E731
+        risk.entropic_risk_measure(pnl, risk_aversion=a) - risk.quadratic_risk(pnl, risk_aversion=a)
+    )
+    third_cumulant = float(np.mean((pnl - np.mean(pnl)) ** 3))
+    for risk_aversion in (1e-3, 2e-3):
+        assert difference(risk_aversion) == pytest.approx(-(risk_aversion**2) * third_cumulant / 6, rel=0.05)
+
+
+def test_slopes_are_minus_the_path_weights(strict_x64):
+    pnl = np.asarray(normals(10))
+    share = np.exp(-5.0 * pnl) / np.exp(-5.0 * pnl).sum()
+    np.testing.assert_allclose(jax.jit(jax.grad(entropic))(jnp.asarray(pnl)), -share, rtol=1e-12)
+    # shortfall at p = 0.13 of 10: the worst whole, three tenths of the next
+    worst = np.argsort(pnl)
+    expected = np.zeros(10)
+    expected[worst[:2]] = [-1 / 1.3, -0.3 / 1.3]
+    np.testing.assert_allclose(jax.jit(jax.grad(shortfall))(jnp.asarray(pnl)), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_risk_compiled_and_batched_equals_one_by_one(strict_x64, name):
+    pnl, compiled = normals(3, 20), jax.jit(MEASURES[name])
+    batched = jax.jit(jax.vmap(MEASURES[name]))(pnl)
+    np.testing.assert_allclose(batched, [compiled(x) for x in pnl], rtol=1e-12)
+
+
+# --- optimized certainty equivalent -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("risk_aversion", [0.5, 1.0, 20.0])
+def test_oce_of_the_exponential_loss_is_entropic(strict_x64, risk_aversion):
+    pnl = 0.3 * np.asarray(normals(40))
+    entropic = math.log(np.mean(np.exp(-risk_aversion * pnl))) / risk_aversion
+    value, theta = jax.jit(
+        lambda x, a: risk.optimized_certainty_equivalent(x, loss=risk.exponential_loss(a))
+    )(jnp.asarray(pnl), jnp.asarray(risk_aversion))
+    stray = math.log(risk_aversion) / risk_aversion
+    np.testing.assert_allclose(value, entropic, atol=1e-10)
+    np.testing.assert_allclose(theta, entropic + stray, atol=1e-10)
+    # Eq. (45) as printed is (1/lambda) log(lambda E e^(-lambda pnl)): too large by (log lambda) / lambda
+    as_printed = math.log(risk_aversion * np.mean(np.exp(-risk_aversion * pnl))) / risk_aversion
+    np.testing.assert_allclose(as_printed - value, stray, atol=1e-10)
+    # and the minimum itself, on a grid of theta with Eq. (36) written out, is the entropic measure
+    grid = np.linspace(entropic + stray - 1, entropic + stray + 1, 20_001)
+    loss = np.exp(risk_aversion * (-pnl[:, None] - grid)) - (1 + math.log(risk_aversion)) / risk_aversion
+    assert np.min(grid + loss.mean(0)) == pytest.approx(entropic, abs=1e-6)
+
+
+@pytest.mark.parametrize("tail_prob", [0.1, 0.13, 0.5])
+def test_oce_of_the_cvar_loss_is_expected_shortfall(strict_x64, tail_prob):
+    pnl = normals(40)
+    value, theta = risk.optimized_certainty_equivalent(pnl, loss=lambda x: jnp.maximum(x, 0.0) / tail_prob)
+    losses = np.sort(-np.asarray(pnl))[::-1]
+    whole = int(round(tail_prob * 40, 9))
+    tail = losses[:whole].sum() + (tail_prob * 40 - whole) * losses[whole]
+    np.testing.assert_allclose(value, tail / (tail_prob * 40), rtol=1e-9)
+    assert losses[whole] - 1e-6 <= float(theta) <= losses[whole - 1] + 1e-6  # theta is a value at risk
+
+
+def test_oce_slope_is_that_of_the_entropic_measure(strict_x64):
+    pnl = np.asarray(normals(10))
+    share = np.exp(-5.0 * pnl) / np.exp(-5.0 * pnl).sum()
+    np.testing.assert_allclose(jax.jit(jax.grad(exponential_oce))(jnp.asarray(pnl)), -share, rtol=1e-8)
+
+
+# --- standard errors ----------------------------------------------------------------------------------
+
+
+def test_stderr_of_the_mean_is_the_textbook_one(strict_x64):
+    pnl = normals(50)
+    np.testing.assert_allclose(risk.stderr(risk.mean, pnl), np.std(pnl, ddof=1) / math.sqrt(50), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["entropic", "shortfall", "quadratic", "exponential_oce"])
+def test_stderr_is_the_spread_of_independent_replications(x64, name):
+    measure = MEASURES[name] if name != "entropic" else partial(risk.entropic_risk_measure, risk_aversion=1.0)
+    scale = 0.2 if name == "exponential_oce" else 1.0
+    samples = scale * normals(200, 1000)
+    values = jax.jit(jax.vmap(measure))(samples)
+    stderrs = jax.jit(jax.vmap(lambda x: risk.stderr(measure, x)))(samples[:20])
+    assert np.mean(stderrs) == pytest.approx(
+        np.std(np.asarray(values)), rel=0.2
+    )  # 200 replications: +-5 % at one sigma
+
+
+def test_stderr_of_value_at_risk_is_the_known_one(x64):
+    n_paths = 20_000
+    measure = partial(risk.value_at_risk, tail_prob=0.1)
+    stderr = jax.jit(partial(risk.stderr, measure))(normals(n_paths))
+    assert float(stderr) == pytest.approx(math.sqrt(0.09 / n_paths) / DENSITY_TENTH, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["entropic", "shortfall"])
+def test_stderr_of_copies_is_honest_when_clustered(x64, name):
+    measure, pnl = MEASURES[name], normals(400)
+    stderr = jax.jit(lambda x, ids: risk.stderr(measure, x, group_ids=ids))
+    once = jax.jit(partial(risk.stderr, measure))(pnl)
+    twice, ids = jnp.concatenate([pnl, pnl]), jnp.concatenate([7 * jnp.arange(400) + 3] * 2)
+    np.testing.assert_allclose(stderr(twice, ids), once, rtol=1e-6)
+    assert float(stderr(twice, jnp.arange(800))) == pytest.approx(float(once) / math.sqrt(2), rel=0.05)
+    # names of the groups do not matter, nor does the order of the paths
+    order = np.random.default_rng(2).permutation(800)
+    shuffled = stderr(twice[order], 10_000 - ids[order])
+    np.testing.assert_allclose(shuffled, once, rtol=1e-6)
+
+
+def test_clustered_stderr_by_hand(strict_x64):
+    # group sums 1 + 2, -4, 2; mean 1/3; sqrt(3/2 ((8/3)^2 + (13/3)^2 + (5/3)^2))
+    influences, groups = jnp.array([1.0, -4.0, 2.0, 2.0]), jnp.array([5, 0, 5, 2])
+    expected = math.sqrt(1.5 * (64 + 169 + 25) / 9)
+    assert float(risk.clustered_stderr(influences, groups)) == pytest.approx(expected)
+
+
+def test_stderr_of_one_group_is_unknown(strict_x64):
+    assert math.isnan(risk.stderr(risk.mean, normals(10), group_ids=jnp.full(10, 3)))
+
+
+def test_stderr_of_one_path_is_refused(strict_x64):
+    with pytest.raises(ValueError, match="at least 2 paths, got 1"):
+        risk.stderr(risk.mean, normals(1))
+
+
+def test_paired_stderr_of_the_same_sample_and_of_a_difference(strict_x64):
+    pnl, other = normals(50), normals(50) + 0.1 * normals(50, seed=1)
+    assert float(risk.paired_stderr(entropic, pnl, pnl)) == 0.0
+    paired = risk.paired_stderr(risk.mean, pnl, other)
+    np.testing.assert_allclose(paired, np.std(np.asarray(pnl - other), ddof=1) / math.sqrt(50), rtol=1e-10)
+    assert float(paired) < 0.2 * float(risk.stderr(risk.mean, pnl))  # that is why the paths are shared
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_influence_sums_to_zero(x64, name):
+    influence = np.asarray(jax.jit(partial(risk.influence, MEASURES[name]))(normals(400)))
+    slack = 0.02 if name == "threshold" else 1e-8  # a quantile's sums to the fraction missed by rounding
+    assert abs(influence.sum()) < slack
+    assert np.abs(influence).sum() > 0.05
+
+
+def test_effective_sample_size_limits_and_by_hand(strict_x64):
+    size = partial(risk.effective_sample_size, risk_aversion=1.0)
+    assert float(size(jnp.full(12, -3.0))) == pytest.approx(12.0)
+    assert float(size(jnp.array([-1000.0, 0.0, 1.0]))) == pytest.approx(1.0)
+    assert float(size(jnp.array([0.0, -math.log(2.0)]))) == pytest.approx(9 / 5)  # weights 1, 2
