@@ -31,6 +31,9 @@ def main(command: str, arguments: Sequence[str]) -> int:
     except UsageError as error:
         print(f"{command}.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{command}.py: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return 2
     except FloatingPointError as error:
         print(f"{command}.py: {error}", file=sys.stderr)
         return 1
@@ -44,7 +47,9 @@ def _run(arguments: list[str]) -> int:
         _print_run_help(arguments)
         return 0 if arguments else 2
     flags = {flag: flag in arguments for flag in ("--overwrite", "--resume")}
-    path, *overrides = (argument for argument in arguments if argument not in flags)
+    path, *overrides = [argument for argument in arguments if argument not in flags] or [""]
+    if not path or path.startswith("--"):
+        raise UsageError("the config file comes first: run.py CONFIG [--section.key value ...]; see --help")
     if all(flags.values()):
         raise UsageError("--overwrite starts anew and --resume goes on: give one of them")
     from dhlnn_jax.config import load_config
@@ -72,26 +77,23 @@ def _report(arguments: list[str]) -> int:
 
 
 def _print_run_help(arguments: list[str]) -> None:
-    """The usage line on stderr if nothing was given; else every option with its unit, on stdout."""
+    """The usage on stderr if nothing was given; else every option with its unit, on stdout."""
     if not arguments:
         print(_RUN_USAGE, end="", file=sys.stderr)
         return
-    print(_RUN_USAGE)
     import tyro
 
     from dhlnn_jax.config import Config, load_config
 
     configs = [argument for argument in arguments[:1] if not argument.startswith("-")]
     default: Any = load_config(configs[0]) if configs else Config()
-    try:
-        tyro.cli(
-            Config,
-            prog="python scripts/run.py CONFIG",
-            description="Options, their units and defaults" + (f" in {configs[0]}" if configs else "") + ":",
-            default=default,
-            args=["--help"],
-            config=(tyro.conf.FlagConversionOff,),
-            use_underscores=True,
-        )
-    except SystemExit:
-        pass
+    print(_RUN_USAGE)
+    help_text = tyro.extras.get_parser(
+        Config,
+        prog="",
+        description="Options, their units and their values" + (f" in {configs[0]}:" if configs else ":"),
+        default=default,
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+    ).format_help()
+    print(help_text[help_text.index("Options, their units") :])

@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,9 +17,10 @@ from dhlnn_jax.features import FEATURES
 from dhlnn_jax.hedge import DELTAS
 from dhlnn_jax.market import SIMULATORS, NoiseKind
 from dhlnn_jax.methods import METHODS
-from dhlnn_jax.nested import CostSurrogate, InnerUpdate, LinearizationKind, RiskWeights
+from dhlnn_jax.nested import PRESETS, CostSurrogate, InnerUpdate, LinearizationKind, RiskWeights
 from dhlnn_jax.payoff import CLAIMS
 from dhlnn_jax.pnl import COST_MODELS
+from dhlnn_jax.settings import Settings
 from dhlnn_jax.train import OBJECTIVES
 
 RECORDED = ("history", "order_book", "paths_file")
@@ -42,7 +43,9 @@ class _Section(BaseModel):
 class MarketConfig(_Section):
     """Where prices come from."""
 
-    kind: str = Field("gbm", description="gbm (simulated), history, order_book or paths_file (recorded)")
+    kind: str = Field(
+        "gbm", description=f"simulated: {', '.join(SIMULATORS)}; recorded: {', '.join(RECORDED)}"
+    )
     n_steps: int = Field(30, gt=0, description="number of hedging decisions")
     dt: float | None = Field(
         None, gt=0, description="years between decisions; default 1/365 simulated, 1/252 daily closes"
@@ -68,11 +71,19 @@ class MarketConfig(_Section):
         return one_of("market.kind", kind, (*SIMULATORS, *RECORDED))
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _complete(self) -> "MarketConfig":
         if self.kind in ("order_book", "paths_file") and self.path is None:
             raise ValueError(f"market.kind {self.kind!r} needs market.path, none was given")
         if self.kind == "paths_file" and self.dt is None:
             raise ValueError("market.kind 'paths_file' needs market.dt (years between prices)")
+        if self.kind in SIMULATORS:
+            keywords = SIMULATORS[self.kind].keywords
+            wanted = {name for name in keywords if name not in Settings._fields}
+            if wanted != set(self.parameters):
+                raise ValueError(
+                    f"market.parameters of {self.kind!r} must be {sorted(wanted) or 'empty'}, "
+                    f"got {sorted(self.parameters)}"
+                )
         if self.kind in SIMULATORS and self.target_volatility is not None:
             raise ValueError("market.target_volatility rescales recorded prices only; set market.volatility")
         return self
@@ -95,7 +106,7 @@ class MarketConfig(_Section):
 class ContractConfig(_Section):
     """What the seller owes."""
 
-    kind: str = Field("european_call", description="european_call, european_put or lookback_call")
+    kind: str = Field("european_call", description=", ".join(CLAIMS))
     strike: float = Field(1.0, gt=0, description="money; spot starts at market.spot0")
     maturity: float | None = Field(None, gt=0, description="years; default n_steps * dt")
     premium: float = Field(0.0, description="money received at the start")
@@ -109,7 +120,7 @@ class ContractConfig(_Section):
 class CostConfig(_Section):
     """What trading costs."""
 
-    kind: str = Field("proportional", description="cost model")
+    kind: str = Field("proportional", description=", ".join(COST_MODELS))
     rate: float = Field(2e-3, ge=0, lt=1, description="fraction of the traded notional")
     liquidate: bool = Field(False, description="charge the sale of the last position")
     charge: Literal["rate", "half_spread"] = Field(
@@ -125,7 +136,7 @@ class CostConfig(_Section):
 class RiskConfig(_Section):
     """What is minimized, and the parameters of the reported risks."""
 
-    kind: str = Field("entropic", description="entropic, expected_shortfall or quadratic: the objective")
+    kind: str = Field("entropic", description=f"what is minimized: {', '.join(OBJECTIVES)}")
     risk_aversion: float = Field(50.0, gt=0, description="lambda, 1/money")
     tail_prob: float = Field(0.1, gt=0, lt=1, description="worst fraction (0.1 is ES at alpha 0.9)")
 
@@ -174,8 +185,10 @@ class TrainingConfig(_Section):
 
     epochs: int = Field(60, gt=0, description="updates, each on fresh paths")
     n_paths: int = Field(10_000, gt=1, description="paths an epoch")
-    learning_rate: float = Field(1e-3, gt=0)
-    optimizer: str = Field("adam", description="optax optimizer, at its defaults but for the learning rate")
+    learning_rate: float = Field(1e-3, gt=0, description="of the optimizer, a pure number")
+    optimizer: str = Field(
+        "adam", description=f"from optax, at its defaults but for the rate: {', '.join(OPTIMIZERS)}"
+    )
     warmup: int = Field(0, ge=0, description="epochs of linear learning-rate warm-up")
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
     validation_paths: int = Field(10_000, gt=1, description="paths of the validation risk")
@@ -188,14 +201,6 @@ class TrainingConfig(_Section):
         return one_of("training.optimizer", name, OPTIMIZERS)
 
 
-_AS_PRINTED = {
-    "risk_weights": "frozen",
-    "cost_surrogate": "squared_difference",
-    "inner_update": "frozen_preconditioner",
-    "linearization": "network",
-}
-
-
 class NestedConfig(_Section):
     """Nested training on the linearized objective (dhlnn): Algorithm 1 and its choices."""
 
@@ -205,16 +210,22 @@ class NestedConfig(_Section):
     n_inner: int = Field(5, gt=0, description="inner iterations N")
     tolerance: float = Field(0.0, ge=0, description="stop when an inner step is shorter than this")
     learning_rate: float | None = Field(None, gt=0, description="default: training.learning_rate")
-    risk_weights: RiskWeights = "refreshed"
-    cost_surrogate: CostSurrogate = "absolute"
-    inner_update: InnerUpdate = "frozen_preconditioner"
-    linearization: LinearizationKind = "network"
+    risk_weights: RiskWeights = Field(
+        "refreshed", description="derivative of the risk to each PnL: at every inner step, or once"
+    )
+    cost_surrogate: CostSurrogate = Field("absolute", description="cost in the inner iterations")
+    inner_update: InnerUpdate = Field(
+        "frozen_preconditioner", description="how an inner gradient becomes a step; see dhlnn_jax.nested"
+    )
+    linearization: LinearizationKind = Field(
+        "network", description="what is linearized: raw outputs or hedge ratio"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("preset") == "as_printed":
-            return {**_AS_PRINTED, **given}
+        if isinstance(given, dict) and given.get("preset") in PRESETS:
+            return {**PRESETS[given["preset"]], **given}
         return given
 
 
@@ -266,7 +277,7 @@ class Config(_Section):
         return tuple(one_of("method", name, tuple(METHODS)) for name in names)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "Config":
         claim = self.contract.kind
         for name in self.methods:
             covers = METHODS[name].covers
@@ -281,8 +292,10 @@ class Config(_Section):
                 f"model.features has {lookback[0]!r}, but {claim!r} does not depend on the maximum: "
                 "take it out, or set contract.kind to a lookback"
             )
-        if self.market.noise == "antithetic" and self.training.n_paths % 2:
-            raise ValueError(f"antithetic noise needs an even training.n_paths, got {self.training.n_paths}")
+        for name in ("n_paths", "validation_paths") if self.market.noise == "antithetic" else ():
+            if getattr(self.training, name) % 2:
+                given = getattr(self.training, name)
+                raise ValueError(f"antithetic noise needs an even training.{name}, got {given}")
         late = [e for e in self.evaluation.epochs if not 0 < e <= self.training.epochs]
         if late:
             raise ValueError(f"evaluation.epochs has {late[0]}, training.epochs is {self.training.epochs}")

@@ -1,5 +1,6 @@
 """One experiment, from configuration to results folder: train each method, measure all on the same paths."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +22,21 @@ from dhlnn_jax.market import MarketPath
 from dhlnn_jax.methods import METHODS
 from dhlnn_jax.payoff import CLAIMS
 from dhlnn_jax.pnl import COST_MODELS, Contract
-from dhlnn_jax.results import Results, claim_folder, device_name, machine, open_folder, write_results
+from dhlnn_jax.results import (
+    Results,
+    claim_folder,
+    device_name,
+    machine,
+    open_folder,
+    read_results,
+    write_results,
+)
 from dhlnn_jax.settings import Settings
 from dhlnn_jax.source import Source, make_source
 from dhlnn_jax.unhedged import unhedged_law
 
 # Below this many effective paths an entropic estimate is not shown as a number.
 MIN_EFFECTIVE_PATHS = 1_000
-MIN_GROUPS = 30
 
 
 class _Row(NamedTuple):
@@ -63,6 +71,9 @@ def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Res
     started = time.perf_counter()
     folder = Path(config.out)
     claim_folder(folder, overwrite=overwrite, resume=resume)
+    if resume and (folder / "metrics.json").exists():
+        open_folder(folder, config, overwrite=False, resume=True)  # refuses another configuration
+        return read_results(folder)
     key_init, key_train, key_validation, key_test = (
         jax.random.fold_in(jax.random.key(config.seed), role) for role in range(4)
     )
@@ -112,13 +123,14 @@ def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Res
             "settings": _numbers(source.settings),
             "n_test_paths": int(source.test.spot.shape[0]),
             "n_test_groups": n_groups,
-            "notes": [*source.notes, *_notes(config, source, metrics, exact, n_groups)],
+            "notes": [*source.notes, *_notes(config, source, metrics, exact)],
         },
         pnl=_pnl_arrays(rows, source.test, source.test_groups),
         sample_path=sample_path,
         folder=folder,
     )
     write_results(results)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished run is not resumed
     return results
 
 
@@ -169,10 +181,12 @@ def _paired(rows: dict[str, _Row], reports: dict[str, Any], source: Source) -> d
     names = list(rows)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            influences = dict(rows[a].measurement.influences)
-            if reports[b]["estimator"] == "simulation":
-                other = rows[b].measurement.influences
-                influences = {name: values - other[name] for name, values in influences.items()}
+            first_weight, second_weight = (float(reports[m]["estimator"] == "simulation") for m in (a, b))
+            other = rows[b].measurement.influences
+            influences = {
+                name: first_weight * values - second_weight * other[name]
+                for name, values in rows[a].measurement.influences.items()
+            }
             stderrs = standard_errors(influences, source.test_groups)
             first, second = reports[a]["final"], reports[b]["final"]
             difference = {
@@ -185,9 +199,7 @@ def _paired(rows: dict[str, _Row], reports: dict[str, Any], source: Source) -> d
     return paired
 
 
-def _notes(
-    config: Config, source: Source, metrics: dict[str, Any], exact: ExactNoHedge | None, n_groups: int
-) -> list[str]:
+def _notes(config: Config, source: Source, metrics: dict[str, Any], exact: ExactNoHedge | None) -> list[str]:
     """What a reader must know before believing the table, one line each."""
     notes = []
     s = source.market_settings
@@ -202,8 +214,6 @@ def _notes(
             f"there is no liability here: the claim pays with probability {exact.exercise_probability:.1e}, "
             "so doing nothing is optimal and no row is evidence of hedging"
         )
-    if config.market.recorded and n_groups < MIN_GROUPS:
-        notes.append(f"too few independent times for standard errors: {n_groups} groups, wanted {MIN_GROUPS}")
     metric = objective_metric(config)
     reports = metrics["methods"]
     unhedged = reports["no_hedge"]["final"][metric]["value"]

@@ -128,7 +128,8 @@ def train_method(
 ) -> TrainedMethod:
     """Trains a method to `training.epochs`, going on from its last checkpoint in `folder` if there is one.
 
-    Raises: FloatingPointError naming method and epoch if the validation risk stops being finite.
+    Raises: FloatingPointError naming method and epoch if its validation risk or parameters stop being
+      finite.
     """
     training = config.training
     hedger, update = build_hedger(name, config), build_update(name, config)
@@ -148,7 +149,8 @@ def train_method(
     checkpoints = _Checkpoints(folder / "checkpoints" / name)
     saved = checkpoints.latest(_Saved(state, state.params))
     log = saved.log if saved else _new_log()
-    state, best_params = saved.trees if saved else (state, state.params)
+    # The step gives its buffers away, so the best parameters need their own.
+    state, best_params = saved.trees if saved else (state, jax.tree.map(jnp.copy, state.params))
 
     began = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(state, key_train, source.settings).compile()
@@ -169,16 +171,18 @@ def train_method(
         log["gradient_evaluations"] += int(info.n_gradients)
         if epoch % training.validation_every == 0 or epoch == training.epochs:
             risk = float(validation_risk(state.params, validation_paths, source.settings))
-            if not jnp.isfinite(risk):
+            # A band whose edges are not a number never trades: its risk alone would look finite.
+            sound = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+            if not (sound and jnp.isfinite(risk)):
+                what = f"validation risk is {risk}" if sound else "parameters are not finite"
                 raise FloatingPointError(
-                    f"{name}: validation risk is {risk} after epoch {epoch}; lower training.learning_rate "
+                    f"{name}: {what} after epoch {epoch}; lower training.learning_rate "
                     f"(last good checkpoint: {checkpoints.newest or 'none'})"
                 )
             curve["validation_epoch"].append(epoch)
             curve["validation_risk"].append(risk)
             if log["best_risk"] is None or risk < log["best_risk"]:
                 log["best_risk"], log["best_epoch"] = risk, epoch
-                # The step gives its buffers away, so the best parameters need their own.
                 best_params = jax.tree.map(jnp.copy, state.params)
         if epoch in config.evaluation.epochs:
             measurement = measure(

@@ -25,6 +25,18 @@ InnerUpdate = Literal["frozen_preconditioner", "frozen_state", "frozen_direction
 LinearizationKind = Literal["network", "position", "none"]
 
 
+# Choices by name for `nested_update(..., **PRESETS[name])`; "default" leaves them at their defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "as_printed": {
+        "risk_weights": "frozen",
+        "cost_surrogate": "squared_difference",
+        "inner_update": "frozen_preconditioner",
+        "linearization": "network",
+    },
+}
+
+
 class Problem(NamedTuple):
     """One batch as a composition risk(value(outputs(params))).
 

@@ -152,13 +152,15 @@ def write_figures(results: Results) -> list[Path]:
 
 
 def _styles(results: Results) -> dict[str, dict[str, Any]]:
+    """Colour, line and label of each method, the same in every figure of every run."""
+    order = list(METHODS)
     return {
         name: {
-            "color": _COLOURS[i % len(_COLOURS)],
-            "linestyle": _LINES[i % len(_LINES)],
+            "color": _COLOURS[order.index(name) % len(_COLOURS)],
+            "linestyle": _LINES[order.index(name) % len(_LINES)],
             "label": label_of(name),
         }
-        for i, name in enumerate(results.metrics["methods"])
+        for name in results.metrics["methods"]
     }
 
 
@@ -171,35 +173,26 @@ def pnl_histogram(results: Results) -> Figure:
     pad = 0.05 * (high - low) or 1e-3
     n_bins = int(np.clip(np.sqrt(len(hedged[0])), 20, 120))
     bins = np.linspace(low - pad, high + pad, n_bins + 1)
+    # Clipping puts what lies beyond the ends into the end bins, so that every curve has mass one.
+    densities = {
+        name: np.histogram(np.clip(sample, bins[0], bins[-1]), bins)[0] / len(sample) / np.diff(bins)
+        for name, sample in samples.items()
+    }
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, scale in zip(axes, ("linear", "log"), strict=True):
         for name, style in _styles(results).items():
-            # Clipping puts what lies beyond the ends into the end bins, so that every curve has mass one.
-            counts, _ = np.histogram(np.clip(samples[name], bins[0], bins[-1]), bins)
-            density = counts / counts.sum() / np.diff(bins)
-            axis.stairs(
-                density,
-                bins,
-                **{k: v for k, v in style.items() if k != "linestyle"},
-                linewidth=1.6,
-                linestyle=style["linestyle"],
-            )
+            axis.stairs(densities[name], bins, linewidth=1.6, **style)
         axis.set_yscale(scale)
         axis.set_xlabel(
-            "PnL of the seller (money; spot starts at "
-            f"{results.config.market.spot0:g}); end bins hold all beyond"
+            f"PnL of the seller (money, spot starts at {results.config.market.spot0:g}); end bins: all beyond"
         )
         axis.grid(alpha=0.3)
-    peak = max(float(axes[0].dataLim.y1) if name else 0.0 for name in samples)
-    heights = [
-        np.histogram(np.clip(s, bins[0], bins[-1]), bins)[0].max() / len(s) / (bins[1] - bins[0])
-        for name, s in samples.items()
-        if name != "no_hedge"
-    ]
-    axes[0].set_ylim(0, 1.1 * max(heights, default=peak))
+    # No hedge piles up in the end bins; the axis is for the others.
+    tallest = [density.max() for name, density in densities.items() if name != "no_hedge"]
+    axes[0].set_ylim(0, 1.1 * max(tallest or [densities["no_hedge"].max()]))
     axes[0].set_ylabel("density (1/money)")
+    axes[0].set_title(f"{len(samples['no_hedge'])} test paths", fontsize=10)
     axes[1].set_title("the same, logarithmic", fontsize=10)
-    axes[0].set_title(f"{len(hedged[0])} test paths", fontsize=10)
     axes[0].legend(fontsize=8)
     return figure
 
@@ -231,17 +224,19 @@ def risk_by_epoch(results: Results) -> Figure | None:
                     capsize=3,
                 )
             levels += curve["validation_risk"]
-        elif final is not None and results.config.risk.kind != "quadratic":
-            if not tail_not_estimable(report):
+        elif name != "no_hedge" and final is not None and results.config.risk.kind != "quadratic":
+            if not tail_not_estimable(report) or metric != "entropic_risk_measure":
                 axis.axhline(final, linewidth=1.2, **style)
-                if name != "no_hedge":
-                    levels.append(final)
+                levels.append(final)
     low, high = min(levels), max(levels)
     unhedged = reports["no_hedge"]["final"][metric]["value"]
+    if metric == "entropic_risk_measure" and tail_not_estimable(reports["no_hedge"]):
+        unhedged = None
     # Far above everything else, no hedge would flatten the curves; it is then named instead of drawn.
     if unhedged is not None and unhedged > high + 3 * (high - low):
         axis.plot([], [], " ", label=f"(no hedge is at {unhedged:.4f}, above the figure)")
-    elif unhedged is not None:
+    elif unhedged is not None and results.config.risk.kind != "quadratic":
+        axis.axhline(unhedged, linewidth=1.2, **_styles(results)["no_hedge"])
         low, high = min(low, unhedged), max(high, unhedged)
     pad = 0.08 * (high - low) or 1e-4
     axis.set_ylim(low - pad, high + pad)

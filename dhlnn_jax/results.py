@@ -27,6 +27,10 @@ import tomli_w
 from dhlnn_jax.config import Config, make_config
 from dhlnn_jax.errors import UsageError
 
+# All that a run and its report write; overwriting would delete anything else with them.
+_OURS = ("config.toml", "metrics.json", "meta.json", "pnl.npz", "sample_path.npz", "params", "checkpoints")
+_OURS_SUFFIXES = (".png", ".partial")
+
 
 @dataclass(frozen=True)
 class Results:
@@ -68,6 +72,9 @@ def claim_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
         )
     if not ours:
         raise UsageError(f"{str(folder)!r} was not written by a run (no config.toml); not overwritten")
+    foreign = sorted(p.name for p in folder.iterdir() if not (p.name in _OURS or p.suffix in _OURS_SUFFIXES))
+    if foreign:
+        raise UsageError(f"{str(folder)!r} also holds {foreign[0]!r}, which no run wrote; not overwritten")
 
 
 def open_folder(folder: Path, config: Config, *, overwrite: bool, resume: bool) -> None:
@@ -81,7 +88,10 @@ def open_folder(folder: Path, config: Config, *, overwrite: bool, resume: bool) 
         return
     if overwrite and folder.exists():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the results folder {str(folder)!r}: {error.strerror}") from None
     values = _without_none(config.model_dump(mode="json"))
     _write(folder / "config.toml", lambda file: tomli_w.dump(values, file))
 
@@ -126,7 +136,11 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.toml"
     if not path.exists():
         raise UsageError(f"{str(folder)!r} is not a results folder: config.toml is missing")
-    return make_config(tomllib.loads(path.read_text()), source=str(path))
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not readable as TOML: {error}") from None
+    return make_config(values, source=str(path))
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from dhlnn_jax.config import Config
+from dhlnn_jax.errors import UsageError
 from dhlnn_jax.market import (
     SIMULATORS,
     MarketPath,
@@ -109,6 +110,8 @@ def _recorded_source(config: Config) -> Source:
     if market.target_volatility is not None:
         prices = recorded.rescale(prices, dt=dt, target_volatility=market.target_volatility)
     train, train_groups, test, test_groups, notes = recorded.as_market_paths(prices, dt=dt)
+    if config.cost.charge == "half_spread" and test.half_spread is None:
+        raise UsageError(f"cost.charge 'half_spread': the {market.kind} prices quote none; use cost.rate")
     train, test = (_scaled(paths, market.spot0) for paths in (train, test))
     assert train.variance is not None
     typical = float(jnp.sqrt(jnp.mean(train.variance)))

@@ -27,3 +27,16 @@ def strict_x64():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory):
+    """The shipped quickstart at its full settings, run once: the evidence that training works."""
+    from pathlib import Path
+
+    from dhlnn_jax.config import load_config
+    from dhlnn_jax.experiment import run
+
+    folder = tmp_path_factory.mktemp("quickstart") / "results" / "quickstart"
+    config = load_config(Path(__file__).parents[1] / "configs" / "quickstart.toml", ["--out", str(folder)])
+    return run(config)

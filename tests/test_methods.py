@@ -1,0 +1,78 @@
+"""The registry of methods: what each covers, and that each makes what it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dhlnn_jax.hedge import DELTAS
+from dhlnn_jax.market import MarketPath
+from dhlnn_jax.methods import METHODS
+from dhlnn_jax.payoff import CLAIMS
+from dhlnn_jax.settings import make_settings
+
+N_STEPS = 3
+PATH = MarketPath(jnp.array([1.0, 1.02, 0.97, 1.01]))
+RULES = [name for name, method in METHODS.items() if not method.trained]
+TRAINED = [name for name, method in METHODS.items() if method.trained]
+
+
+def settings(**changes):
+    return make_settings(n_steps=N_STEPS, **({"cost_rate": 2e-3, "risk_aversion": 50.0} | changes))
+
+
+def test_names_and_labels_are_those_of_the_issue():
+    assert set(METHODS) == {"dhlnn", "dhntb", "dhmlp", "bsdh", "whalley_wilmott", "no_hedge"}
+    labels = [method.label for method in METHODS.values()]
+    assert len(set(labels)) == len(labels) and all(labels)
+
+
+def test_every_method_is_either_a_rule_or_trained():
+    for method in METHODS.values():
+        assert (method.make_rule is None) != (method.make_hedger is None)
+        assert method.covers is None or (method.covers and set(method.covers) <= set(CLAIMS) & set(DELTAS))
+    assert set(TRAINED) == {"dhlnn", "dhntb", "dhmlp"}
+    assert [name for name in TRAINED if METHODS[name].nested] == ["dhlnn"]
+    assert [name for name in TRAINED if METHODS[name].recurrent] == ["dhmlp"]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule_covers_the_claims_that_it_says(name):
+    for claim in METHODS[name].covers or CLAIMS:
+        ratios = METHODS[name].make_rule(claim).hedge_ratio(None, PATH, settings())
+        assert ratios.shape == (N_STEPS,) and bool(jnp.isfinite(ratios).all())
+        sign = {"no_hedge": 0, "european_put": -1}.get(name if name == "no_hedge" else claim, 1)
+        assert np.all(np.sign(ratios) == sign)  # a short call is hedged long, a short put short
+
+
+def test_closed_forms_for_a_put_are_those_of_the_call_less_one():
+    at = settings(cost_rate=0.0)
+    held = {claim: METHODS["bsdh"].make_rule(claim).hedge_ratio(None, PATH, at) for claim in DELTAS}
+    np.testing.assert_allclose(held["european_put"], held["european_call"] - 1.0, atol=1e-6)
+    # without costs the band has no width
+    banded = METHODS["whalley_wilmott"].make_rule("european_put").hedge_ratio(None, PATH, at)
+    np.testing.assert_allclose(banded, held["european_put"], atol=1e-6)
+
+
+def test_whalley_wilmott_stays_inside_its_band_around_the_delta():
+    policy = METHODS["whalley_wilmott"].make_rule("european_call")
+    lower, upper = policy.band(None, PATH, settings())
+    held = policy.hedge_ratio(None, PATH, settings())
+    delta = METHODS["bsdh"].make_rule("european_call").hedge_ratio(None, PATH, settings())
+    assert np.all(lower < delta) and np.all(delta < upper)
+    assert np.all(held >= lower) and np.all(held <= upper)
+    assert float(held[0]) == float(lower[0])  # buys no more than it must
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_method_makes_a_hedger_of_the_asked_size(name):
+    made = METHODS[name].make_hedger(
+        features=("log_moneyness", "time_to_maturity"), hidden_sizes=(5, 3), centre=DELTAS["european_call"]
+    )
+    params = jax.eval_shape(made.init, jax.random.key(0))
+    widths = sorted(leaf.shape[0] for leaf in jax.tree.leaves(params) if leaf.ndim == 1)
+    n_inputs, n_outputs = (3, 1) if METHODS[name].recurrent else (2, 2)
+    assert widths == sorted([5, 3, n_outputs])
+    first = max(leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 2 and leaf.shape[1] == 5)
+    assert first == (n_inputs, 5)
+    assert (made.band is None) == METHODS[name].recurrent

@@ -1,0 +1,228 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dhlnn_jax import hedge, train
+from dhlnn_jax.hedger import make_band_hedger, make_recurrent_hedger, policy_of, rule_policy
+from dhlnn_jax.market import SIMULATORS, make_simulation_sampler
+from dhlnn_jax.nested import nested_update, optax_update
+from dhlnn_jax.payoff import CLAIMS
+from dhlnn_jax.pnl import Contract, contract_pnl
+from dhlnn_jax.settings import Settings, make_settings
+
+N_STEPS, N_PATHS = 5, 256
+HEDGER = make_band_hedger(
+    features=("standardised_log_moneyness", "standardised_time_to_maturity"), hidden_sizes=(8,)
+)
+SAMPLE = make_simulation_sampler(SIMULATORS["gbm"], n_steps=N_STEPS)
+CONTRACT = Contract(CLAIMS["european_call"])
+ADAM = optax_update(optax.adam(1e-2))
+NESTED = nested_update(optax.adam(1e-2), learning_rate=1e-2, n_inner=3)
+
+
+def settings(**changes):
+    return make_settings(n_steps=N_STEPS, **(dict(cost_rate=5e-3, risk_aversion=50.0, dt=6 / 365) | changes))
+
+
+TRACES = []
+
+
+def make_step(update=ADAM, *, hedger=HEDGER, objective="entropic", contract=CONTRACT):
+    return train.make_train_step(
+        hedger, SAMPLE, contract, train.OBJECTIVES[objective], update, n_paths=N_PATHS
+    )
+
+
+@functools.cache
+def adam_step():
+    step = make_step()
+
+    def counted(state, key, settings):
+        TRACES.append(1)
+        return step(state, key, settings)
+
+    return jax.jit(counted)
+
+
+@functools.cache
+def initial():
+    return jax.jit(lambda key: train.init_state(HEDGER, ADAM, key))(jax.random.key(0))
+
+
+def leaves(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def assert_identical(a, b):
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def differ(a, b):
+    return any(np.any(x != y) for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+# --- one step -----------------------------------------------------------------------------------------
+
+
+def test_step_is_reproducible_and_fresh_per_key(key):
+    first, info = adam_step()(initial(), key, settings())
+    assert_identical((first, info), adam_step()(initial(), key, settings()))
+    other, other_info = adam_step()(initial(), jax.random.fold_in(key, 1), settings())
+    assert float(info.risk) != float(other_info.risk) and differ(first.params, other.params)
+    assert int(first.epoch) == 1 and int(info.n_gradients) == 1
+
+
+def test_step_is_traced_once_whatever_the_numbers(key):
+    adam_step()(initial(), key, settings())
+    before = len(TRACES)
+    state = initial()
+    for epoch, changed in enumerate(
+        (settings(), settings(cost_rate=0.1), settings(strike=0.9, volatility=0.4))
+    ):
+        state, _ = adam_step()(state, jax.random.fold_in(key, epoch), changed)
+    assert len(TRACES) == before == 1
+
+
+@pytest.mark.parametrize("objective", ["entropic", "expected_shortfall", "quadratic"])
+def test_step_reports_the_chosen_risk_of_its_own_paths(key, objective):
+    numbers = settings(tail_prob=0.25)
+    step = adam_step() if objective == "entropic" else jax.jit(make_step(objective=objective))
+    _, info = step(initial(), key, numbers)
+    # the same in numpy, from the hedge ratios on the same paths
+    paths, _ = SAMPLE(key, N_PATHS, numbers)
+    ratios = jax.jit(jax.vmap(policy_of(HEDGER).hedge_ratio, (None, 0, None)))(
+        initial().params, paths, numbers
+    )
+    spot, held = np.asarray(paths.spot, float), np.asarray(ratios, float)
+    trades = np.abs(np.diff(held, axis=1, prepend=0.0))
+    gain = (held * np.diff(spot, axis=1)).sum(1) - 5e-3 * (spot[:, :-1] * trades).sum(1)
+    pnl = gain - np.maximum(spot[:, -1] - 1, 0)
+    expected = {
+        "entropic": math.log(np.mean(np.exp(-50 * pnl))) / 50,
+        "expected_shortfall": -np.sort(pnl)[:64].mean(),
+        "quadratic": -pnl.mean() + 25 * pnl.var(),
+    }[objective]
+    assert float(info.risk) == pytest.approx(expected, rel=1e-3)
+    assert float(info.turnover) == pytest.approx(trades.sum(1).mean(), rel=1e-4)
+    assert float(info.gradient_norm) > 0
+
+
+def test_step_sweeps_settings_by_vmap(key):
+    rates = (0.0, 2e-2)
+    axes = jax.tree.map(lambda _: None, settings())._replace(cost_rate=0)
+    both = settings()._replace(cost_rate=jnp.array(rates))
+    swept, info = jax.jit(jax.vmap(make_step(), in_axes=(None, None, axes)))(initial(), key, both)
+    for i, rate in enumerate(rates):
+        alone, alone_info = adam_step()(initial(), key, settings(cost_rate=rate))
+        np.testing.assert_allclose(info.risk[i], alone_info.risk, rtol=1e-5)
+        for x, y in zip(leaves(swept.params), leaves(alone.params), strict=True):
+            np.testing.assert_allclose(x[i], y, atol=2e-5)
+    assert info.risk[1] > info.risk[0] + 1e-3 and isinstance(axes, Settings)
+
+
+def test_dead_band_neither_trades_nor_learns(key):
+    state = initial()
+    params = jax.tree.map(lambda w: w, state.params)
+    params["params"]["Perceptron_0"]["Dense_1"]["bias"] = jnp.array([50.0, 50.0])
+    dead, info = adam_step()(state._replace(params=params), key, settings())
+    assert float(info.turnover) == 0.0 and float(info.gradient_norm) == 0.0
+    assert_identical(dead.params, params)
+    alive = adam_step()(state, key, settings())[1]
+    assert float(alive.turnover) > 0.1 and float(alive.gradient_norm) > 0
+
+
+# --- nested -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "n_gradients"),
+    [
+        ({}, 3),
+        ({"linearization": "position", "cost_surrogate": "squared_difference", "risk_weights": "frozen"}, 4),
+    ],
+)
+def test_nested_step_reports_the_true_risk_and_moves(key, options, n_gradients):
+    update = nested_update(optax.adam(1e-2), learning_rate=1e-2, n_inner=3, **options)
+    state = train.TrainState(initial().params, update.init(initial().params), jnp.asarray(0))
+    moved, info = jax.jit(make_step(update))(state, key, settings())
+    plain = adam_step()(initial(), key, settings())[1]
+    for name in ("risk", "gradient_norm", "turnover"):  # those of the same batch before the update
+        assert float(getattr(info, name)) == pytest.approx(float(getattr(plain, name)), rel=1e-3), name
+    assert int(info.n_gradients) == n_gradients
+    assert differ(moved.params, state.params)
+    assert all(np.all(np.isfinite(x)) for x in leaves(moved.params))
+
+
+def test_nested_step_of_the_recurrent_hedger_cut_at_the_position(key):
+    hedger = make_recurrent_hedger(features=("log_moneyness",), hidden_sizes=(4,))
+    update = nested_update(optax.sgd(1.0), learning_rate=1e-2, n_inner=2, linearization="position")
+    state = jax.jit(lambda key: train.init_state(hedger, update, key))(key)
+    moved, info = jax.jit(make_step(update, hedger=hedger))(state, key, settings())
+    assert float(info.gradient_norm) > 0 and float(info.turnover) > 0.1
+    assert differ(moved.params, state.params)
+
+
+# --- the loop -----------------------------------------------------------------------------------------
+
+
+def test_fit_resumes_where_it_stopped(key):
+    fit = functools.partial(train.fit, adam_step(), key=key, settings=settings())
+    at_once = fit(state=initial(), n_epochs=5)
+    halfway = fit(state=initial(), n_epochs=2)
+    assert int(halfway.state.epoch) == 2 and differ(halfway.state.params, at_once.state.params)
+    assert_identical(fit(state=halfway.state, n_epochs=5).state, at_once.state)
+
+
+def test_fit_keeps_the_best_epoch_and_the_last(key):
+    seen = {}
+
+    def on_epoch(epoch, state, info):
+        seen[epoch] = (state, info)
+        return {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.0}[epoch]
+
+    result = train.fit(adam_step(), initial(), key, settings(), n_epochs=4, on_epoch=on_epoch)
+    assert sorted(seen) == [1, 2, 3, 4] and [int(s.epoch) for s, _ in seen.values()] == [1, 2, 3, 4]
+    assert result.best_epoch == 2 and result.best_risk == 1.0
+    assert_identical(result.best_params, seen[2][0].params)
+    assert_identical(result.state, seen[4][0])
+    assert len({float(info.risk) for _, info in seen.values()}) == 4  # fresh paths each epoch
+
+
+def test_fit_without_validation_keeps_the_last(key):
+    result = train.fit(adam_step(), initial(), key, settings(), n_epochs=2, on_epoch=lambda *_: None)
+    assert result.best_epoch == 2
+    assert_identical(result.best_params, result.state.params)
+
+
+@pytest.mark.parametrize("risk", [math.nan, math.inf])
+def test_fit_stops_at_a_validation_risk_that_is_no_number(key, risk):
+    on_epoch = lambda epoch, *_: risk if epoch == 2 else 0.1  # noqa: E731
+    with pytest.raises(FloatingPointError, match="epoch 2"):
+        train.fit(adam_step(), initial(), key, settings(), n_epochs=3, on_epoch=on_epoch)
+
+
+def test_training_beats_every_hedger_that_it_must_beat(key):
+    # expensive trading: the band must widen to beat the delta, and must not die to beat no hedge
+    numbers = settings(cost_rate=1e-2)
+    trained = train.fit(adam_step(), initial(), key, numbers, n_epochs=80).state.params
+    paths, _ = SAMPLE(jax.random.key(99), 4000, numbers)
+
+    def entropic(policy, params=None, sign=1.0):
+        one = lambda path: contract_pnl(  # noqa: E731
+            CONTRACT, path, sign * policy.hedge_ratio(params, path, numbers), numbers
+        )
+        pnl = np.asarray(jax.jit(jax.vmap(one))(paths), float)
+        return math.log(np.mean(np.exp(-50 * pnl))) / 50
+
+    policy = policy_of(HEDGER)
+    risk = entropic(policy, trained)
+    assert risk < entropic(policy, initial().params) - 1e-3  # untrained
+    assert risk < entropic(rule_policy(hedge.delta_hedge)) - 1e-3
+    assert risk < entropic(rule_policy(hedge.no_hedge)) - 1e-2
+    assert risk < entropic(policy, trained, sign=-1.0) - 1e-2
