@@ -278,8 +278,8 @@ def _sample_path(config: Config, source: Source) -> dict[str, np.ndarray]:
 def _sampled(name: str, policy: Any, params: Any, source: Source) -> dict[str, np.ndarray]:
     """Hedge ratios, and bands where there are any, on the first test path."""
     path = jax.tree.map(lambda x: x[0], source.test)
-    arrays = {f"{name}/hedge_ratio": policy.hedge_ratio(params, path, source.test_settings)}
+    arrays = {f"{name}/hedge_ratio": jax.jit(policy.hedge_ratio)(params, path, source.test_settings)}
     if policy.band is not None:
-        lower, upper = policy.band(params, path, source.test_settings)
+        lower, upper = jax.jit(policy.band)(params, path, source.test_settings)
         arrays |= {f"{name}/band_lower": lower, f"{name}/band_upper": upper}
     return {key: np.asarray(value) for key, value in arrays.items()}

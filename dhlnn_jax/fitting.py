@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray
 
@@ -111,9 +112,24 @@ def _optimizer(config: Config, rate: float) -> optax.GradientTransformation:
     return getattr(optax, config.training.optimizer)(_schedule(config, rate))
 
 
+_BLOCK_PATHS = 10_000
+
+
 def evaluator(policy: Policy, contract: Contract) -> Callable[[Params, MarketPath, Settings], HedgedPaths]:
-    """`hedged_paths` of one policy, compiled."""
-    return jax.jit(lambda params, paths, settings: hedged_paths(policy, params, paths, contract, settings))
+    """`hedged_paths` of one policy, in blocks of one size, so that any number of paths compiles once."""
+    block = jax.jit(lambda params, paths, settings: hedged_paths(policy, params, paths, contract, settings))
+
+    def evaluate(params: Params, paths: MarketPath, settings: Settings) -> HedgedPaths:
+        n_paths = paths.spot.shape[0]
+        size = min(_BLOCK_PATHS, n_paths)
+        done = []
+        for start in range(0, n_paths, size):
+            # The last block is filled up with copies of the last path, which are cut off again.
+            rows = np.minimum(np.arange(start, start + size), n_paths - 1)
+            done.append(block(params, jax.tree.map(lambda x, rows=rows: x[rows], paths), settings))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n_paths], *done)
+
+    return evaluate
 
 
 def train_method(
@@ -137,11 +153,7 @@ def train_method(
     step = make_train_step(hedger, source.train, contract, objective, update, n_paths=training.n_paths)
     evaluate = evaluator(policy_of(hedger), contract)
 
-    @jax.jit
-    def validation_risk(params: Params, paths: MarketPath, settings: Settings) -> jax.Array:
-        money = hedged_paths(policy_of(hedger), params, paths, contract, settings)
-        return objective(money.pnl, settings)
-
+    objective_of = jax.jit(objective)
     validation_paths, _ = jax.jit(source.train, static_argnums=1)(
         key_validation, training.validation_paths, source.settings
     )
@@ -170,7 +182,8 @@ def train_method(
         curve["turnover"].append(float(info.turnover))
         log["gradient_evaluations"] += int(info.n_gradients)
         if epoch % training.validation_every == 0 or epoch == training.epochs:
-            risk = float(validation_risk(state.params, validation_paths, source.settings))
+            money = evaluate(state.params, validation_paths, source.settings)
+            risk = float(objective_of(money.pnl, source.settings))
             # A band whose edges are not a number never trades: its risk alone would look finite.
             sound = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
             if not (sound and jnp.isfinite(risk)):

@@ -58,24 +58,36 @@ def policy_and_params(name, features=NAMES, scale=1.0):
 # --- causality ----------------------------------------------------------------------------------------
 
 
+LATER = np.arange(N_STEPS + 1)[None] > np.arange(N_STEPS)[:, None]  # [t, s]
+# Row t has everything after t replaced; then nothing, and everything.
+CHANGED = np.stack([*np.where(LATER, OTHER_SPOT, SPOT), SPOT, OTHER_SPOT])
+
+
+@functools.cache
+def slopes_and_ratios():
+    """d hedge_ratio[t] / d spot[s] and the ratios on the changed paths, of every hedger at once."""
+
+    def of(name):
+        policy, params = policy_and_params(name, tuple(sorted(FEATURES)), scale=0.3)
+        ratios = lambda spot: policy.hedge_ratio(params, MarketPath(spot), settings())  # noqa: E731
+        return lambda spots: (jax.jacrev(ratios)(spots[-2]), jax.vmap(ratios)(spots))
+
+    every = {name: of(name) for name in (*RULES, *TRAINED)}
+    return jax.jit(lambda spots: {name: f(spots) for name, f in every.items()})(jnp.asarray(CHANGED))
+
+
 @pytest.mark.parametrize("name", [*RULES, *TRAINED])
 def test_hedge_ratio_is_blind_to_the_future(x64, name):
-    policy, params = policy_and_params(name, tuple(sorted(FEATURES)), scale=0.3)
-    ratios_of = lambda spot: policy.hedge_ratio(params, MarketPath(spot), settings())  # noqa: E731
-    slopes = np.asarray(jax.jit(jax.jacrev(ratios_of))(jnp.asarray(SPOT)))
-    later = np.arange(N_STEPS + 1)[None] > np.arange(N_STEPS)[:, None]  # [t, s]
-    assert slopes.shape == later.shape
+    slopes, ratios = map(np.asarray, slopes_and_ratios()[name])
+    assert slopes.shape == LATER.shape and ratios.shape == (N_STEPS + 2, N_STEPS)
     assert np.all(np.isfinite(slopes))
-    assert np.all(slopes[later] == 0)
-    assert np.any(slopes[~later] != 0) == (name != "no_hedge")
-
-    # and by changing prices: row t has everything after t replaced, the last two the other way round
-    spots = np.stack([*np.where(later, OTHER_SPOT, SPOT), SPOT, OTHER_SPOT])
-    *changed, ratios, others = np.asarray(jax.jit(jax.vmap(ratios_of))(spots))
+    assert np.all(slopes[LATER] == 0)
+    assert np.any(slopes[~LATER] != 0) == (name != "no_hedge")
+    *changed, unchanged, others = ratios
     for t in range(N_STEPS):
-        np.testing.assert_allclose(changed[t][: t + 1], ratios[: t + 1], rtol=1e-13, atol=1e-15)
+        np.testing.assert_allclose(changed[t][: t + 1], unchanged[: t + 1], rtol=1e-13, atol=1e-15)
     if name != "no_hedge":
-        assert np.any(np.abs(others - ratios) > 1e-6)  # all of them changed do matter
+        assert np.any(np.abs(others - unchanged) > 1e-6)  # all of them changed do matter
 
 
 def test_last_point_of_everything_never_reaches_a_hedger(x64):

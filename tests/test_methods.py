@@ -13,6 +13,13 @@ from dhlnn_jax.settings import make_settings
 
 N_STEPS = 3
 PATH = MarketPath(jnp.array([1.0, 1.02, 0.97, 1.01]))
+
+
+def ratios_of(name, claim, settings):
+    policy = METHODS[name].make_rule(claim)
+    return jax.jit(lambda path, at: policy.hedge_ratio(None, path, at))(PATH, settings)
+
+
 RULES = [name for name, method in METHODS.items() if not method.trained]
 TRAINED = [name for name, method in METHODS.items() if method.trained]
 
@@ -39,7 +46,7 @@ def test_every_method_is_either_a_rule_or_trained():
 @pytest.mark.parametrize("name", RULES)
 def test_rule_covers_the_claims_that_it_says(name):
     for claim in METHODS[name].covers or CLAIMS:
-        ratios = METHODS[name].make_rule(claim).hedge_ratio(None, PATH, settings())
+        ratios = ratios_of(name, claim, settings())
         assert ratios.shape == (N_STEPS,) and bool(jnp.isfinite(ratios).all())
         sign = {"no_hedge": 0, "european_put": -1}.get(name if name == "no_hedge" else claim, 1)
         assert np.all(np.sign(ratios) == sign)  # a short call is hedged long, a short put short
@@ -47,18 +54,18 @@ def test_rule_covers_the_claims_that_it_says(name):
 
 def test_closed_forms_for_a_put_are_those_of_the_call_less_one():
     at = settings(cost_rate=0.0)
-    held = {claim: METHODS["bsdh"].make_rule(claim).hedge_ratio(None, PATH, at) for claim in DELTAS}
+    held = {claim: ratios_of("bsdh", claim, at) for claim in DELTAS}
     np.testing.assert_allclose(held["european_put"], held["european_call"] - 1.0, atol=1e-6)
     # without costs the band has no width
-    banded = METHODS["whalley_wilmott"].make_rule("european_put").hedge_ratio(None, PATH, at)
+    banded = ratios_of("whalley_wilmott", "european_put", at)
     np.testing.assert_allclose(banded, held["european_put"], atol=1e-6)
 
 
 def test_whalley_wilmott_stays_inside_its_band_around_the_delta():
     policy = METHODS["whalley_wilmott"].make_rule("european_call")
-    lower, upper = policy.band(None, PATH, settings())
-    held = policy.hedge_ratio(None, PATH, settings())
-    delta = METHODS["bsdh"].make_rule("european_call").hedge_ratio(None, PATH, settings())
+    lower, upper = jax.jit(lambda path, at: policy.band(None, path, at))(PATH, settings())
+    held = ratios_of("whalley_wilmott", "european_call", settings())
+    delta = ratios_of("bsdh", "european_call", settings())
     assert np.all(lower < delta) and np.all(delta < upper)
     assert np.all(held >= lower) and np.all(held <= upper)
     assert float(held[0]) == float(lower[0])  # buys no more than it must

@@ -22,7 +22,6 @@ HEDGER = make_band_hedger(
 SAMPLE = make_simulation_sampler(SIMULATORS["gbm"], n_steps=N_STEPS)
 CONTRACT = Contract(CLAIMS["european_call"])
 ADAM = optax_update(optax.adam(1e-2))
-NESTED = nested_update(optax.adam(1e-2), learning_rate=1e-2, n_inner=3)
 
 
 def settings(**changes):
@@ -89,17 +88,49 @@ def test_step_is_traced_once_whatever_the_numbers(key):
     assert len(TRACES) == before == 1
 
 
+NESTED = {
+    "default": ({}, 3),
+    "as_printed_at_the_position": (
+        {"linearization": "position", "cost_surrogate": "squared_difference", "risk_weights": "frozen"},
+        4,
+    ),
+}
+
+
+@functools.cache
+def one_step_of_everything():
+    """One step from `initial()` of each objective, each nested update and the recurrent hedger, at once."""
+
+    def nested(**options):
+        return nested_update(optax.adam(1e-2), learning_rate=1e-2, n_inner=3, **options)
+
+    def step_of(update, **others):
+        def stepped(key, numbers):
+            hedger = others.get("hedger", HEDGER)
+            w = initial().params if hedger is HEDGER else hedger.init(key)
+            state = train.TrainState(w, update.init(w), jnp.asarray(0))
+            after, info = make_step(update, **others)(state, key, numbers)
+            return after.params, w, info
+
+        return stepped
+
+    steps = {name: step_of(ADAM, objective=name) for name in train.OBJECTIVES}
+    steps |= {name: step_of(nested(**options)) for name, (options, _) in NESTED.items()}
+    recurrent = make_recurrent_hedger(features=("log_moneyness",), hidden_sizes=(4,))
+    steps["recurrent"] = step_of(nested(linearization="position"), hedger=recurrent)
+
+    def everything(key, numbers):
+        paths, _ = SAMPLE(key, N_PATHS, numbers)
+        ratios = jax.vmap(policy_of(HEDGER).hedge_ratio, (None, 0, None))(initial().params, paths, numbers)
+        return {name: step(key, numbers) for name, step in steps.items()}, paths.spot, ratios
+
+    results, *paths = jax.jit(everything)(jax.random.key(8), settings(tail_prob=0.25))
+    return results, *(np.asarray(x, float) for x in paths)
+
+
 @pytest.mark.parametrize("objective", ["entropic", "expected_shortfall", "quadratic"])
-def test_step_reports_the_chosen_risk_of_its_own_paths(key, objective):
-    numbers = settings(tail_prob=0.25)
-    step = adam_step() if objective == "entropic" else jax.jit(make_step(objective=objective))
-    _, info = step(initial(), key, numbers)
-    # the same in numpy, from the hedge ratios on the same paths
-    paths, _ = SAMPLE(key, N_PATHS, numbers)
-    ratios = jax.jit(jax.vmap(policy_of(HEDGER).hedge_ratio, (None, 0, None)))(
-        initial().params, paths, numbers
-    )
-    spot, held = np.asarray(paths.spot, float), np.asarray(ratios, float)
+def test_step_reports_the_chosen_risk_of_its_own_paths(objective):
+    results, spot, held = one_step_of_everything()
     trades = np.abs(np.diff(held, axis=1, prepend=0.0))
     gain = (held * np.diff(spot, axis=1)).sum(1) - 5e-3 * (spot[:, :-1] * trades).sum(1)
     pnl = gain - np.maximum(spot[:, -1] - 1, 0)
@@ -107,10 +138,12 @@ def test_step_reports_the_chosen_risk_of_its_own_paths(key, objective):
         "entropic": math.log(np.mean(np.exp(-50 * pnl))) / 50,
         "expected_shortfall": -np.sort(pnl)[:64].mean(),
         "quadratic": -pnl.mean() + 25 * pnl.var(),
-    }[objective]
-    assert float(info.risk) == pytest.approx(expected, rel=1e-3)
+    }
+    info = results[objective][2]
+    assert float(info.risk) == pytest.approx(expected[objective], rel=1e-3)
     assert float(info.turnover) == pytest.approx(trades.sum(1).mean(), rel=1e-4)
     assert float(info.gradient_norm) > 0
+    assert len({round(risk, 5) for risk in expected.values()}) == 3  # the three can be told apart
 
 
 def test_step_sweeps_settings_by_vmap(key):
@@ -140,32 +173,20 @@ def test_dead_band_neither_trades_nor_learns(key):
 # --- nested -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "n_gradients"),
-    [
-        ({}, 3),
-        ({"linearization": "position", "cost_surrogate": "squared_difference", "risk_weights": "frozen"}, 4),
-    ],
-)
-def test_nested_step_reports_the_true_risk_and_moves(key, options, n_gradients):
-    update = nested_update(optax.adam(1e-2), learning_rate=1e-2, n_inner=3, **options)
-    state = train.TrainState(initial().params, update.init(initial().params), jnp.asarray(0))
-    moved, info = jax.jit(make_step(update))(state, key, settings())
-    plain = adam_step()(initial(), key, settings())[1]
-    for name in ("risk", "gradient_norm", "turnover"):  # those of the same batch before the update
-        assert float(getattr(info, name)) == pytest.approx(float(getattr(plain, name)), rel=1e-3), name
-    assert int(info.n_gradients) == n_gradients
-    assert differ(moved.params, state.params)
-    assert all(np.all(np.isfinite(x)) for x in leaves(moved.params))
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_step_reports_the_true_risk_and_moves(name):
+    results = one_step_of_everything()[0]
+    (after, before, info), (_, _, plain) = results[name], results["entropic"]
+    for field in ("risk", "gradient_norm", "turnover"):  # those of the same batch before the update
+        assert float(getattr(info, field)) == pytest.approx(float(getattr(plain, field)), rel=1e-3), field
+    assert int(info.n_gradients) == NESTED[name][1]
+    assert differ(after, before) and all(np.all(np.isfinite(x)) for x in leaves(after))
 
 
-def test_nested_step_of_the_recurrent_hedger_cut_at_the_position(key):
-    hedger = make_recurrent_hedger(features=("log_moneyness",), hidden_sizes=(4,))
-    update = nested_update(optax.sgd(1.0), learning_rate=1e-2, n_inner=2, linearization="position")
-    state = jax.jit(lambda key: train.init_state(hedger, update, key))(key)
-    moved, info = jax.jit(make_step(update, hedger=hedger))(state, key, settings())
+def test_nested_step_of_the_recurrent_hedger_cut_at_the_position():
+    after, before, info = one_step_of_everything()[0]["recurrent"]
     assert float(info.gradient_norm) > 0 and float(info.turnover) > 0.1
-    assert differ(moved.params, state.params)
+    assert differ(after, before) and all(np.all(np.isfinite(x)) for x in leaves(after))
 
 
 # --- the loop -----------------------------------------------------------------------------------------

@@ -1,0 +1,450 @@
+"""The whole run in small: configs/smoke.toml, all methods, and variations of it that compile nothing new.
+
+Other files share the run through `smoke_run`.
+"""
+
+import contextlib
+import copy
+import functools
+import json
+import tomllib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from dhlnn_jax import experiment, fitting, report
+from dhlnn_jax.config import load_config
+from dhlnn_jax.errors import UsageError
+from dhlnn_jax.experiment import run
+from dhlnn_jax.results import read_results
+from dhlnn_jax.source import make_source
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+METHODS = ("dhlnn", "dhntb", "dhmlp", "whalley_wilmott", "bsdh", "no_hedge")
+TRAINED = METHODS[:3]
+METRICS = {
+    "entropic_risk_measure",
+    "expected_shortfall",
+    "value_at_risk",
+    "pnl_mean",
+    "pnl_std",
+    "trading_cost_mean",
+    "turnover_mean",
+}
+
+
+@contextlib.contextmanager
+def programs_kept(folder):
+    """Keeps compiled programs on disk, so that a run with the shapes of an earlier one compiles nothing."""
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+
+    def switch(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    options["jax_compilation_cache_dir"] = __import__("os").environ.get(
+        "DEV_CACHE", options["jax_compilation_cache_dir"]
+    )
+    switch(options)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
+def small_run(base, name, *overrides, **how):
+    """configs/smoke.toml with overrides, into base/name; `base` is the session's temporary folder."""
+    config = load_config(CONFIGS / "smoke.toml", ["--out", str(base / name), *overrides])
+    with programs_kept(base / "programs"):
+        return run(config, **how)
+
+
+@functools.cache
+def smoke_run(base):
+    """The one run of configs/smoke.toml as it is, figures included."""
+    results = small_run(base, "smoke")
+    report.write_figures(results)
+    return results
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture(scope="session")
+def smoke(base):
+    return smoke_run(base)
+
+
+def without_seconds(report):
+    """A method's report without what a clock decided."""
+    return {key: value for key, value in report.items() if not key.endswith("_seconds")}
+
+
+# --- metrics.json -------------------------------------------------------------------------------------
+
+
+def test_metrics_have_the_schema_of_the_issue(smoke):
+    text = (smoke.folder / "metrics.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    metrics = json.loads(text)
+    assert set(metrics) == {"schema", "seed", "device", "methods", "paired"}
+    assert (metrics["schema"], metrics["seed"]) == (1, 0)
+    assert metrics["device"] == jax.devices()[0].device_kind
+    assert tuple(metrics["methods"]) == METHODS
+    for name, row in metrics["methods"].items():
+        wanted = {"final", "history", "effective_sample_size", "train_seconds", "compile_seconds"}
+        wanted |= {"paths_simulated", "gradient_evaluations", "estimator"}
+        assert set(row) == wanted | ({"training", "best_epoch"} if name in TRAINED else set())
+        assert set(row["final"]) == METRICS
+        for number in row["final"].values():
+            assert set(number) == {"value", "stderr"}
+            assert number["value"] is not None and number["stderr"] is not None
+    pairs = {f"{a}-{b}" for i, a in enumerate(METHODS) for b in METHODS[i + 1 :]}
+    assert set(metrics["paired"]) == pairs
+    for pair in metrics["paired"].values():
+        assert set(pair) == METRICS and all(set(number) == {"value", "stderr"} for number in pair.values())
+
+
+def test_counts_are_those_of_the_algorithms(smoke):
+    rows = smoke.metrics["methods"]
+    for name in METHODS:
+        assert rows[name]["paths_simulated"] == (8 * 256 if name in TRAINED else 0)
+        assert (rows[name]["train_seconds"] > 0) == (rows[name]["compile_seconds"] > 0) == (name in TRAINED)
+    # one gradient an epoch, and n_inner of them in nested training
+    assert [rows[name]["gradient_evaluations"] for name in METHODS] == [8 * 3, 8, 8, 0, 0, 0]
+
+
+def test_history_holds_the_asked_epochs_and_ends_in_the_final_row(smoke):
+    for name in METHODS:
+        row = smoke.metrics["methods"][name]
+        assert [entry["epoch"] for entry in row["history"]] == ([4, 8] if name in TRAINED else [])
+        for entry in row["history"]:
+            assert set(entry) == {"epoch"} | METRICS
+            assert entry["pnl_mean"]["stderr"] > 0
+        if name in TRAINED:
+            curve = row["training"]
+            assert curve["epoch"] == list(range(8)) and curve["validation_epoch"] == [4, 8]
+            assert row["best_epoch"] == [4, 8][int(np.argmin(curve["validation_risk"]))]
+            best = row["history"][[4, 8].index(row["best_epoch"])]
+            assert {metric: best[metric] for metric in METRICS} == row["final"]
+
+
+def test_final_numbers_are_those_of_the_saved_paths(smoke):
+    pnl = np.load(smoke.folder / "pnl.npz")
+    for name in METHODS[:-1]:
+        sample = pnl[f"{name}/pnl"].astype(float)
+        worst = np.sort(sample)[: len(sample) // 10]
+        final = smoke.metrics["methods"][name]["final"]
+        weight = np.exp(-20.0 * sample)
+        wanted = {
+            "entropic_risk_measure": np.log(np.mean(weight)) / 20.0,
+            "expected_shortfall": -worst.mean(),
+            "value_at_risk": -worst[-1],
+            "pnl_mean": sample.mean(),
+            "pnl_std": sample.std(),
+            "trading_cost_mean": pnl[f"{name}/trading_cost"].astype(float).mean(),
+        }
+        for metric, value in wanted.items():
+            assert final[metric]["value"] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, metric)
+        assert final["pnl_mean"]["stderr"] == pytest.approx(sample.std() / np.sqrt(4000), rel=1e-3)
+        ess = smoke.metrics["methods"][name]["effective_sample_size"]
+        assert ess == pytest.approx(weight.sum() ** 2 / np.square(weight).sum(), rel=1e-3)
+
+
+def test_pnl_of_every_path_adds_up(smoke):
+    pnl = np.load(smoke.folder / "pnl.npz")
+    columns = {f"{name}/{column}" for name in METHODS for column in ("trading_gain", "trading_cost", "pnl")}
+    assert set(pnl.files) == {"payoff", "final_spot", "group_id"} | columns
+    assert all(pnl[name].shape == (4000,) for name in pnl.files)
+    np.testing.assert_allclose(pnl["payoff"], np.maximum(pnl["final_spot"] - 1.0, 0.0), atol=1e-7)
+    assert len(np.unique(pnl["group_id"])) == 4000
+    for name in METHODS:
+        total = pnl[f"{name}/trading_gain"] - pnl["payoff"] - pnl[f"{name}/trading_cost"]
+        np.testing.assert_allclose(pnl[f"{name}/pnl"], total, atol=1e-6)
+        assert np.all(pnl[f"{name}/trading_cost"] > 0) == (name != "no_hedge")
+
+
+def test_premium_and_spot_unit_reach_the_money(base):
+    scaled = small_run(
+        base, "premium", "--methods", "bsdh", "--market.spot0", "100", "--contract.strike", "100",
+        "--contract.premium", "1.5", "--risk.risk_aversion", "0.2",
+    )  # fmt: skip
+    plain = smoke_run(base)
+    gained = scaled.pnl["bsdh/pnl"] - 100 * plain.pnl["bsdh/pnl"]
+    np.testing.assert_allclose(gained, 1.5, atol=2e-3)  # the same draws, float32 prices near 100
+    exact = scaled.metrics["methods"]["no_hedge"]["final"]["entropic_risk_measure"]["value"]
+    plain_exact = plain.metrics["methods"]["no_hedge"]["final"]["entropic_risk_measure"]["value"]
+    assert exact == pytest.approx(100 * plain_exact - 1.5, abs=1e-4)
+
+
+def test_row_without_a_hedge_is_exact(smoke):
+    row = smoke.metrics["methods"]["no_hedge"]
+    assert row["estimator"] == "quadrature" and row["effective_sample_size"] is None
+    assert all(number["stderr"] == 0 for number in row["final"].values())
+    for metric, sample in (("pnl_mean", smoke.pnl["no_hedge/pnl"]), ("pnl_std", smoke.pnl["no_hedge/pnl"])):
+        error = 4 * sample.std() / np.sqrt(len(sample))
+        assert row["final"][metric]["value"] == pytest.approx(getattr(sample, metric[4:])(), abs=error)
+    assert all(smoke.metrics["methods"][name]["estimator"] == "simulation" for name in METHODS[:-1])
+
+
+def test_row_without_a_hedge_is_always_added(base):
+    results = small_run(base, "alone", "--methods", "bsdh")
+    assert list(results.metrics["methods"]) == ["bsdh", "no_hedge"]
+    assert set(results.metrics["paired"]) == {"bsdh-no_hedge"}
+    assert "no_hedge/pnl" in results.pnl
+
+
+def test_paired_numbers_are_differences_with_errors_of_the_differences(smoke):
+    rows = smoke.metrics["methods"]
+    for pair, numbers in smoke.metrics["paired"].items():
+        a, b = pair.split("-")
+        for metric, number in numbers.items():
+            difference = rows[a]["final"][metric]["value"] - rows[b]["final"][metric]["value"]
+            assert number["value"] == pytest.approx(difference, abs=1e-12)
+        difference = smoke.pnl[f"{a}/pnl"].astype(float)
+        if b != "no_hedge":  # whose value is exact
+            difference = difference - smoke.pnl[f"{b}/pnl"]
+        assert numbers["pnl_mean"]["stderr"] == pytest.approx(difference.std() / np.sqrt(4000), rel=2e-3)
+
+
+def test_exact_row_adds_no_error_whatever_the_order(base):
+    results = small_run(base, "order", "--methods", "no_hedge", "bsdh")
+    own = results.metrics["methods"]["bsdh"]["final"]
+    for metric, number in results.metrics["paired"]["no_hedge-bsdh"].items():
+        assert number["stderr"] == pytest.approx(own[metric]["stderr"], rel=1e-6), metric
+
+
+# --- the folder ---------------------------------------------------------------------------------------
+
+
+def test_folder_holds_what_was_promised(smoke):
+    files = {path.name for path in smoke.folder.iterdir()}
+    pictures = {"pnl_histogram.png", "risk_by_epoch.png", "sample_path.png"}
+    assert files >= {"config.toml", "metrics.json", "meta.json", "pnl.npz", "sample_path.npz"} | pictures
+    assert {path.name for path in (smoke.folder / "params").iterdir()} == set(TRAINED)
+    for name in TRAINED:
+        assert {path.name for path in (smoke.folder / "params" / name).iterdir()} == {"best", "last"}
+    resolved = tomllib.loads((smoke.folder / "config.toml").read_text())
+    assert resolved["training"]["optimizer"] == "adam" and resolved["market"]["n_steps"] == 10
+    meta = json.loads((smoke.folder / "meta.json").read_text())
+    assert set(meta) >= {"device", "versions", "commit", "seconds"}
+    assert set(meta["versions"]) >= {"dhlnn-jax", "jax", "flax", "optax", "numpy"}
+    assert set(meta["seconds"]) == {"total", "compile", "train"}
+    assert meta["seconds"]["total"] > meta["seconds"]["compile"] > 0
+    assert meta["notes"] == []
+
+
+def test_sample_path_is_the_first_test_path(smoke):
+    arrays = np.load(smoke.folder / "sample_path.npz")
+    assert arrays["spot"].shape == (11,) and arrays["spot"][-1] == smoke.pnl["final_spot"][0]
+    np.testing.assert_allclose(arrays["time"], np.arange(11) / 365)
+    for name in METHODS:
+        held = arrays[f"{name}/hedge_ratio"]
+        gain = np.sum(held * np.diff(arrays["spot"]))
+        assert held.shape == (10,)
+        assert gain == pytest.approx(smoke.pnl[f"{name}/trading_gain"][0], abs=1e-6)
+    banded = {key.split("/")[0] for key in arrays.files if key.endswith("band_lower")}
+    assert banded == {"dhlnn", "dhntb", "whalley_wilmott"}
+    inside = arrays["dhlnn/hedge_ratio"]
+    lower, upper = arrays["dhlnn/band_lower"], arrays["dhlnn/band_upper"]
+    assert np.all((inside >= lower - 1e-6) & (inside <= upper + 1e-6) | (lower > upper))
+
+
+def test_results_read_back_are_those_returned(smoke):
+    back = read_results(smoke.folder)
+    assert back.config == smoke.config and back.metrics == smoke.metrics and back.meta == smoke.meta
+    for given, read in ((smoke.pnl, back.pnl), (smoke.sample_path, back.sample_path)):
+        assert set(given) == set(read)
+        for name in given:
+            np.testing.assert_array_equal(given[name], read[name])
+
+
+# --- seeds, interruptions -----------------------------------------------------------------------------
+
+
+def test_same_seed_gives_identical_numbers_and_another_does_not(base, smoke):
+    again = small_run(base, "again", "--methods", "dhlnn", "dhntb", "bsdh")
+    for name, row in again.metrics["methods"].items():
+        assert without_seconds(row) == without_seconds(smoke.metrics["methods"][name])
+        np.testing.assert_array_equal(again.pnl[f"{name}/pnl"], smoke.pnl[f"{name}/pnl"])
+    assert all(
+        again.metrics["paired"][pair] == smoke.metrics["paired"][pair] for pair in again.metrics["paired"]
+    )
+    other = small_run(base, "other_seed", "--methods", "dhlnn", "dhntb", "bsdh", "--seed", "1")
+    for name in ("dhlnn", "dhntb", "bsdh"):
+        for metric in METRICS:
+            values = [r.metrics["methods"][name]["final"][metric]["value"] for r in (other, smoke)]
+            assert values[0] != values[1]
+    assert not np.isin(other.pnl["final_spot"], smoke.pnl["final_spot"]).all()
+
+
+def counted_epochs(monkeypatch, stop_after=None):
+    """Epochs done of each method, counted by its progress bar; `stop_after`: (method, epoch) to die at."""
+    done = {}
+
+    @contextlib.contextmanager
+    def bar(description, total):
+        name = description.removeprefix("training ")
+        done[name] = 0
+
+        def advance(steps=1, note=""):
+            if note:
+                done[name] += 1
+                if stop_after and name == stop_after[0] and done[name] == stop_after[1]:
+                    raise KeyboardInterrupt
+
+        yield advance
+
+    monkeypatch.setattr(fitting, "progress_bar", bar)
+    return done
+
+
+def test_run_cut_off_between_checkpoints_goes_on_to_the_same_numbers(base, smoke, monkeypatch):
+    methods = ("--methods", "dhntb", "dhlnn", "bsdh")
+    done = counted_epochs(monkeypatch, stop_after=("dhlnn", 6))
+    with pytest.raises(KeyboardInterrupt):
+        small_run(base, "cut", *methods)
+    assert done == {"dhntb": 8, "dhlnn": 6}
+    assert not (base / "cut" / "metrics.json").exists()
+    with pytest.raises(UsageError, match="metrics.json is missing"):
+        read_results(base / "cut")
+
+    done = counted_epochs(monkeypatch)
+    resumed = small_run(base, "cut", *methods, resume=True)
+    assert done == {"dhntb": 0, "dhlnn": 4}  # a checkpoint is every 4 epochs: 2 were lost
+    for name, row in resumed.metrics["methods"].items():
+        assert without_seconds(row) == without_seconds(smoke.metrics["methods"][name])
+        np.testing.assert_array_equal(resumed.pnl[f"{name}/pnl"], smoke.pnl[f"{name}/pnl"])
+
+
+def test_run_killed_while_it_saves_a_checkpoint_goes_on_from_the_one_before(base, smoke, monkeypatch):
+    whole = fitting.write_json
+
+    def killed(path, values):
+        if path.name == "8.json":
+            raise KeyboardInterrupt
+        whole(path, values)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fitting, "write_json", killed)
+        small_run(base, "killed", "--methods", "dhntb")
+    # the arrays are there, what marks them as complete is not
+    assert {p.name for p in (base / "killed/checkpoints/dhntb").iterdir()} == {"4", "4.json", "8"}
+    done = counted_epochs(monkeypatch)
+    resumed = small_run(base, "killed", "--methods", "dhntb", resume=True)
+    assert done == {"dhntb": 4}
+    assert without_seconds(resumed.metrics["methods"]["dhntb"]) == without_seconds(
+        smoke.metrics["methods"]["dhntb"]
+    )
+
+
+def test_finished_run_is_read_back_on_resume_and_another_config_is_refused(base, smoke, monkeypatch):
+    done = counted_epochs(monkeypatch)
+    before = (smoke.folder / "metrics.json").read_bytes()
+    assert small_run(base, "smoke", resume=True).metrics == smoke.metrics
+    assert done == {} and (smoke.folder / "metrics.json").read_bytes() == before
+    with pytest.raises(UsageError, match="begun with another configuration"):
+        small_run(base, "smoke", "--seed", "3", resume=True)
+    with pytest.raises(UsageError, match="exists; give --out another one, or --overwrite, or --resume"):
+        small_run(base, "smoke")
+    assert (smoke.folder / "metrics.json").read_bytes() == before
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_run(base):
+    small_run(base, "twice", "--methods", "bsdh")
+    (base / "twice" / "old.png").write_bytes(b"")
+    results = small_run(base, "twice", "--methods", "bsdh", "--seed", "2", overwrite=True)
+    assert not (base / "twice" / "old.png").exists()
+    assert json.loads((base / "twice/metrics.json").read_text())["seed"] == results.config.seed == 2
+
+
+def test_checkpoints_may_come_before_the_first_validation(base, smoke):
+    every = ("--training.checkpoint_every", "3", "--training.validation_every", "8")
+    results = small_run(base, "early", "--methods", "dhntb", *every)
+    row, smoke_row = (r.metrics["methods"]["dhntb"] for r in (results, smoke))
+    assert row["training"]["risk"] == smoke_row["training"]["risk"]
+    assert row["training"]["validation_risk"] == smoke_row["training"]["validation_risk"][1:]
+
+
+# --- other problems -----------------------------------------------------------------------------------
+
+
+def notes_of(base, name, *overrides):
+    return small_run(base, name, "--methods", "bsdh", *overrides).meta["notes"]
+
+
+def test_note_where_there_is_no_liability(base):
+    notes = notes_of(base, "no_liability", "--contract.strike", "1.2", "--market.volatility", "0.1")
+    assert any("no liability" in note and "no row is evidence of hedging" in note for note in notes)
+
+
+def test_note_where_nothing_beats_not_trading_and_the_tail_does_not_matter(base):
+    notes = notes_of(base, "no_trade", "--risk.risk_aversion", "1")
+    assert any("no method beats no hedge" in n and "not trading is the best" in n for n in notes)
+    assert any("= 0.0331 lies outside 0.1 to 5: risk aversion hardly matters" in note for note in notes)
+
+
+def test_note_where_the_far_tail_decides(base):
+    notes = notes_of(base, "far_tail", "--risk.risk_aversion", "200")
+    assert any("= 6.62 lies outside 0.1 to 5: the far tail" in note for note in notes)
+
+
+def test_note_on_a_dead_band(smoke):
+    metrics = copy.deepcopy(smoke.metrics)
+    metrics["methods"]["dhntb"]["final"]["turnover_mean"]["value"] = 0.0
+    source = make_source(smoke.config, jax.random.key(0))
+    assert experiment._notes(smoke.config, source, smoke.metrics, None) == []
+    (note,) = experiment._notes(smoke.config, source, metrics, None)
+    assert note.startswith("dhntb does not trade although dhlnn gains by it: a dead band")
+
+
+def test_hedgers_are_tested_under_another_volatility(base, smoke):
+    rough = small_run(base, "rough", "--methods", "bsdh", "--evaluation.market.volatility", "0.4")
+    exact = rough.metrics["methods"]["no_hedge"]["final"]["pnl_mean"]["value"]
+    plain = smoke.metrics["methods"]["no_hedge"]["final"]["pnl_mean"]["value"]
+    assert exact == pytest.approx(2 * plain, rel=1e-2)  # at the money, proportional to the volatility
+    assert (
+        rough.metrics["methods"]["bsdh"]["final"]["pnl_std"]["value"]
+        > 1.5 * (smoke.metrics["methods"]["bsdh"]["final"]["pnl_std"]["value"])
+    )
+
+
+@functools.cache
+def history_run(base):
+    """Real prices, a lookback, expected shortfall and one small network; its table is in test_report."""
+    return small_run(
+        base, "history", "--market.kind", "history", "--contract.kind", "lookback_call", "--methods", "dhntb",
+        "--risk.kind", "expected_shortfall", "--training.epochs", "4", "--evaluation.epochs=",
+    )  # fmt: skip
+
+
+def test_recorded_prices_give_a_table_with_clustered_errors(base):
+    results = history_run(base)
+    rows = results.metrics["methods"]
+    assert list(rows) == ["dhntb", "no_hedge"]
+    n_paths, n_groups = results.meta["n_test_paths"], results.meta["n_test_groups"]
+    assert n_groups < n_paths == len(results.pnl["payoff"]) and n_groups >= 30
+    assert {row["estimator"] for row in rows.values()} == {"simulation"}
+    assert all(0 < row["effective_sample_size"] < 1000 for row in rows.values())
+    # paths of one time group move together: by hand, the error of the mean from sums over groups
+    pnl, group = results.pnl["no_hedge/pnl"].astype(float), results.pnl["group_id"]
+    sums = np.bincount(group, pnl - pnl.mean()) / n_paths
+    by_hand = np.sqrt(n_groups / (n_groups - 1) * np.square(sums - sums.mean()).sum())
+    assert rows["no_hedge"]["final"]["pnl_mean"]["stderr"] == pytest.approx(by_hand, rel=1e-3)
+    assert by_hand > 1.1 * pnl.std() / np.sqrt(n_paths)
+    notes = "\n".join(results.meta["notes"])
+    assert "the shipped closes" in notes and "training volatility: AAPL" in notes
+    # what was minimized fell on the training batches' own risk scale
+    curve = rows["dhntb"]["training"]
+    assert np.all(np.isfinite(curve["validation_risk"])) and curve["validation_risk"][-1] > 0

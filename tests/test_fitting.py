@@ -1,0 +1,174 @@
+"""Training one configured method: what is built from the configuration, and how training may fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_experiment import CONFIGS, METRICS, small_run
+
+from dhlnn_jax import fitting
+from dhlnn_jax.config import load_config, make_config
+from dhlnn_jax.fitting import build_hedger, build_policy, build_update
+from dhlnn_jax.hedge import DELTAS
+from dhlnn_jax.market import MarketPath
+from dhlnn_jax.nested import Problem
+from dhlnn_jax.settings import make_settings
+from dhlnn_jax.train import OBJECTIVES
+
+PATH = MarketPath(jnp.array([1.0, 1.02, 0.97]))  # as a hedger sees it
+SETTINGS = make_settings(n_steps=3, volatility=0.3)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return tmp_path_factory.getbasetemp()
+
+
+def config(**sections):
+    model = {"hidden_sizes": [3], "features": ["log_moneyness"]} | sections.pop("model", {})
+    return make_config({"methods": ["no_hedge"], "model": model, **sections})
+
+
+@pytest.mark.parametrize(
+    "contract, model, centre, strike",
+    [
+        ("european_call", {}, "european_call", 1.0),
+        ("european_put", {}, "european_put", 1.0),
+        ("lookback_call", {}, "european_call", 1.0),  # as in the paper's lineage
+        ("lookback_call", {"centre": "lookback_call"}, "lookback_call", 1.0),
+        ("lookback_call", {"centre_strike": 1.05}, "european_call", 1.05),
+    ],
+)
+def test_hedger_is_built_around_the_asked_delta(contract, model, centre, strike):
+    hedger = build_hedger("dhntb", config(contract={"kind": contract}, model=model))
+    features, found = jax.jit(hedger.inputs)(PATH, SETTINGS)
+    wanted = jax.jit(DELTAS[centre])(PATH, SETTINGS._replace(strike=jnp.asarray(strike)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    np.testing.assert_allclose(features[:, 0], np.log(PATH.spot), atol=1e-7)  # of the contract's strike
+
+
+def test_form_of_the_plain_network_is_the_asked_one():
+    raw, centre = jnp.array([2.0, -0.5]), jnp.array([0.3, 0.4])
+    direct = build_hedger("dhmlp", config(model={"form": "direct"}))
+    around = build_hedger("dhmlp", config())
+    np.testing.assert_allclose(direct.position(raw, centre), raw)
+    np.testing.assert_allclose(around.position(raw, centre), centre + jnp.tanh(raw))
+
+
+def test_policies_of_rules_take_no_parameters():
+    whole = MarketPath(jnp.append(PATH.spot, 0.9))
+    held = build_policy("bsdh", config(contract={"kind": "european_put"})).hedge_ratio(None, whole, SETTINGS)
+    np.testing.assert_allclose(held, DELTAS["european_put"](PATH, SETTINGS), rtol=1e-6)
+
+
+def steps_taken(name, n_epochs, **training):
+    """How far a single parameter moves in each epoch on a risk of slope 1."""
+    update = build_update(name, config(training=training, nested={"n_inner": 1, "inner_update": "sgd"}))
+    problem = Problem(outputs=lambda w: w, value=lambda y: y, risk=lambda v: jnp.sum(v))
+    w, moved = jnp.zeros(1), []
+    state = update.init(w)
+    for _ in range(n_epochs):
+        after, state, info = update.apply(problem, w, state)
+        moved.append(float(w[0] - after[0]))
+        w = after
+    assert int(info.n_gradients) == 1
+    return moved
+
+
+@pytest.mark.parametrize("name, optimizer", [("dhntb", "sgd"), ("dhlnn", "sgd"), ("dhntb", "adam")])
+def test_learning_rate_warms_up_linearly_and_then_stays(name, optimizer):
+    moved = steps_taken(name, 6, optimizer=optimizer, learning_rate=0.1, warmup=4, epochs=6)
+    np.testing.assert_allclose(moved, [0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rtol=1e-4)
+
+
+def test_cosine_schedule_falls_after_the_warm_up():
+    moved = steps_taken("dhntb", 6, optimizer="sgd", learning_rate=0.1, warmup=2, epochs=6, schedule="cosine")
+    wanted = [0.05, 0.1, *(0.05 * (1 + np.cos(np.pi * i / 4)) for i in range(4))]
+    np.testing.assert_allclose(moved, wanted, rtol=1e-5)
+
+
+def test_one_epoch_of_warm_up_is_none():
+    assert (
+        steps_taken("dhntb", 2, optimizer="sgd", learning_rate=0.1, warmup=1, epochs=2)
+        == [pytest.approx(0.1)] * 2
+    )
+
+
+def test_nested_learning_rate_is_its_own_where_given():
+    problem = Problem(outputs=lambda w: w, value=lambda y: y, risk=lambda v: jnp.sum(v))
+    nested = {"n_inner": 3, "inner_update": "sgd", "learning_rate": 0.02}
+    update = build_update("dhlnn", config(training={"learning_rate": 0.1}, nested=nested))
+    after, _, info = update.apply(problem, jnp.zeros(1), update.init(jnp.zeros(1)))
+    assert float(after[0]) == pytest.approx(-3 * 0.02) and int(info.n_gradients) == 3
+
+
+def test_optimizers_are_those_of_optax(monkeypatch):
+    asked = []
+    monkeypatch.setattr(optax, "lion", lambda rate: asked.append(rate) or optax.sgd(rate))
+    build_update("dhntb", config(training={"optimizer": "lion", "learning_rate": 0.3}))
+    assert len(asked) == 1 and float(asked[0](0)) == pytest.approx(0.3)
+
+
+TINY = (
+    "--methods",
+    "dhntb",
+    "--training.epochs",
+    "4",
+    "--evaluation.epochs=",
+    "--training.validation_every",
+    "2",
+)
+
+
+def test_absurd_learning_rate_is_reported_with_method_and_epoch(base):
+    # the band of parameters that are not numbers never trades: its risk is finite, that of no hedge
+    with pytest.raises(
+        FloatingPointError, match=r"\Adhntb: parameters are not finite after epoch 2; [^\n]*\Z"
+    ):
+        small_run(base, "absurd", *TINY, "--training.learning_rate", "1e30")
+    assert not (base / "absurd" / "metrics.json").exists()
+
+
+def test_risk_that_is_not_finite_is_reported_with_method_and_epoch(base, monkeypatch):
+    endless = lambda pnl, settings: jnp.inf + 0.0 * jnp.mean(jax.lax.stop_gradient(pnl))  # noqa: E731
+    monkeypatch.setitem(OBJECTIVES, "entropic", endless)
+    with pytest.raises(
+        FloatingPointError, match="dhntb: validation risk is inf after epoch 2; .*checkpoint: none"
+    ):
+        small_run(base, "endless", *TINY)
+
+
+def test_last_parameters_are_measured_where_asked(base, monkeypatch):
+    """With a validation risk that only rises, the first is best."""
+    rising = iter(range(1, 9))
+    compiled = fitting.jax.jit
+
+    def jit(function, **options):
+        if getattr(function, "__name__", "") == "validation_risk":
+            return lambda *arguments: float(next(rising))
+        return compiled(function, **options)
+
+    monkeypatch.setattr(fitting.jax, "jit", jit)
+    tiny = [word for word in TINY if word != "--evaluation.epochs="]
+    rows = {}
+    for which in ("best", "last"):
+        results = small_run(
+            base, which, *tiny, "--evaluation.epochs", "2", "4", "--evaluation.parameters", which
+        )
+        rows[which] = results.metrics["methods"]["dhntb"]
+        assert rows[which]["best_epoch"] == 2 if which == "best" else rows[which]["best_epoch"] in (2, 4)
+    for which, entry in (("best", 0), ("last", 1)):
+        row = rows[which]
+        assert {metric: row["history"][entry][metric] for metric in METRICS} == row["final"]
+    assert rows["best"]["final"] != rows["last"]["final"]
+
+
+def test_shipped_configs_build_every_method_they_name():
+    names = sorted(CONFIGS.glob("*.toml"))
+    assert {file.stem for file in names} >= {"quickstart", "smoke"}
+    for file in names:
+        loaded = load_config(file, ["--market.path", "x"] if file.stem.startswith("order_book") else [])
+        for name in loaded.methods:
+            policy = build_policy(name, loaded)
+            assert callable(policy.hedge_ratio)

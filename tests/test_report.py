@@ -1,0 +1,146 @@
+"""Tables and figures from a results folder alone."""
+
+import shutil
+import struct
+
+import numpy as np
+import pytest
+from test_experiment import METHODS, history_run, smoke_run
+
+from dhlnn_jax import report
+from dhlnn_jax.command_line import main
+from dhlnn_jax.methods import METHODS as REGISTRY
+from dhlnn_jax.results import read_results
+
+PICTURES = ("pnl_histogram.png", "risk_by_epoch.png", "sample_path.png")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture
+def moved(base, tmp_path):
+    """A run's folder, copied elsewhere without its figures, the original gone."""
+    original = tmp_path / "original"
+    shutil.copytree(smoke_run(base).folder, original)
+    config = (original / "config.toml").read_text().replace(str(base / "smoke"), str(original))
+    assert str(original) in config
+    (original / "config.toml").write_text(config)
+    copy = tmp_path / "far" / "copy"
+    shutil.copytree(original, copy, ignore=shutil.ignore_patterns("*.png", "params", "checkpoints"))
+    shutil.rmtree(original)
+    return copy
+
+
+def size_of(png):
+    data = png.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+    return struct.unpack(">II", data[16:24])
+
+
+def test_report_redraws_everything_from_a_copied_folder_alone(moved, capsys):
+    assert main("report", [str(moved)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""  # this run has no notes
+    for name in METHODS:
+        assert REGISTRY[name].label in out
+    assert "exact" in out and "±" in out and "(paired)" in out
+    assert f"results: {moved}" in out
+    for name in PICTURES:
+        assert f"figure: {moved / name}" in out
+        width, height = size_of(moved / name)
+        assert 800 < width < 4000 and 500 < height < 3000
+        assert (moved / name).stat().st_size > 20_000
+    assert sorted(path.name for path in moved.parent.parent.iterdir()) == ["far"]
+
+
+def test_figures_are_the_same_every_time(moved, base):
+    report.write_figures(read_results(moved))
+    for name in PICTURES:
+        assert (moved / name).read_bytes() == (smoke_run(base).folder / name).read_bytes()
+
+
+def test_table_shows_the_numbers_of_metrics_json(moved, capsys):
+    results = read_results(moved)
+    report.print_report(results, [])
+    out = capsys.readouterr().out
+    for row in results.metrics["methods"].values():
+        for number in row["final"].values():
+            assert f"{number['value']:.6f}" in out
+    values = {n: r["final"]["entropic_risk_measure"]["value"] for n, r in results.metrics["methods"].items()}
+    best = min(values, key=values.get)
+    assert f"entropic risk less that of {REGISTRY[best].label} (paired)" in out
+    for name in values:
+        if name != best:
+            assert f"{values[name] - values[best]:+.6f} ±" in out
+
+
+def test_several_folders_are_reported_in_turn(moved, capsys):
+    assert main("report", [str(moved), str(moved)]) == 0
+    assert capsys.readouterr().out.count("results: ") == 2
+
+
+@pytest.mark.parametrize("what", ["nothing", "empty", "unfinished"])
+def test_folder_that_is_no_results_folder_is_one_line_and_exit_code_2(moved, tmp_path, capsys, what):
+    folder = tmp_path / "other"
+    if what != "nothing":
+        folder.mkdir()
+    if what == "unfinished":
+        shutil.copy(moved / "config.toml", folder)
+    assert main("report", [str(moved), str(folder)]) == 2  # before anything is printed
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("report.py: ")
+    assert "holds no finished run" in err and str(folder) in err
+
+
+def test_tail_carried_by_few_paths_is_not_shown_as_a_number(base, capsys):
+    results = history_run(base)
+    report.print_report(results, report.write_figures(results))
+    out, err = capsys.readouterr()
+    for row in results.metrics["methods"].values():
+        assert f"tail not estimable (ESS {row['effective_sample_size']:.0f})" in out
+        assert f"{row['final']['entropic_risk_measure']['value']:.6f}" not in out
+        assert f"{row['final']['expected_shortfall']['value']:.6f}" in out  # this one is an average
+    assert "expected shortfall ◂" in out and "time groups" in out
+    notes = err.splitlines()
+    assert notes == [f"note: {note}" for note in results.meta["notes"]] and len(notes) >= 3
+
+
+@pytest.mark.parametrize(
+    "estimator, ess, hidden",
+    [
+        ("simulation", 999.0, True),
+        ("simulation", 1000.0, False),
+        ("simulation", None, True),
+        ("quadrature", None, False),
+    ],
+)
+def test_threshold_of_the_effective_sample_size(estimator, ess, hidden):
+    assert report.tail_not_estimable({"estimator": estimator, "effective_sample_size": ess}) == hidden
+
+
+def test_histogram_has_shared_bins_and_mass_one(base):
+    import matplotlib.pyplot as plt
+
+    figure = report.pnl_histogram(smoke_run(base))
+    for axis in figure.axes:
+        steps = [patch.get_data() for patch in axis.patches]
+        assert len(steps) == len(METHODS)
+        for step in steps:
+            np.testing.assert_array_equal(step.edges, steps[0].edges)
+            assert np.sum(step.values * np.diff(step.edges)) == pytest.approx(1.0)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        REGISTRY[name].label for name in METHODS
+    ]
+    plt.close(figure)
+
+
+def test_run_without_training_has_no_curve(base):
+    results = smoke_run(base)
+    rows = {name: results.metrics["methods"][name] for name in ("bsdh", "no_hedge")}
+    metrics = {**results.metrics, "methods": rows}
+    from dataclasses import replace
+
+    assert report.risk_by_epoch(replace(results, metrics=metrics)) is None
