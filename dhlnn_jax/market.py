@@ -138,7 +138,8 @@ _SOBOL_BITS = 23
 def _sobol_points(n_paths: int, dimension: int) -> np.ndarray:
     from scipy.stats import qmc
 
-    points = qmc.Sobol(dimension, scramble=False, bits=30).random(n_paths)
+    power = int(np.ceil(np.log2(max(n_paths, 1))))  # scipy warns of anything but powers of two
+    points = qmc.Sobol(dimension, scramble=False, bits=30).random_base2(power)[:n_paths]
     return (points * 2**_SOBOL_BITS).astype(np.uint32)
 
 

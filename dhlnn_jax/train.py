@@ -139,7 +139,8 @@ def fit(
 
     Args:
       step: from `make_train_step`, jitted by the caller.
-      state: from `init_state`, or that of an earlier run: training goes on where it stopped.
+      state: from `init_state`, or that of an earlier run: training goes on where it stopped (the best
+        epoch is that of this call).
       on_epoch: called after each epoch with (epochs done, state, info); if it returns a validation risk,
         the parameters with the smallest one are kept.
     Raises: FloatingPointError naming the epoch if a validation risk is not finite.

@@ -51,9 +51,6 @@ def programs_kept(folder):
             jax.config.update(name, value)
         compilation_cache.reset_cache()
 
-    options["jax_compilation_cache_dir"] = __import__("os").environ.get(
-        "DEV_CACHE", options["jax_compilation_cache_dir"]
-    )
     switch(options)
     try:
         yield

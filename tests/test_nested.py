@@ -178,6 +178,23 @@ def test_frozen_state_advances_once_whatever_the_number_of_inner_steps(x64):
     assert states[1].optimizer[0].count == 1 and float(states[1].optimizer[0].mu[0]) == pytest.approx(0.06)
 
 
+def test_frozen_state_inner_steps_use_the_state_before_the_outer_step(x64):
+    # Momentum 0.9 at rate 0.1 on |w|^2 / 2: every step of outer iteration r adds 0.9 times the same trace,
+    # which is 0 in the first one and g_0 of the first in the second.
+    update = nested_update(
+        optax.sgd(0.1, momentum=0.9), learning_rate=77.0, n_inner=3, inner_update="frozen_state"
+    )
+    apply = jax.jit(lambda w, state: update.apply(QUADRATIC, w, state)[:2])
+    first, state = apply(PAIR(), update.init(PAIR()))
+    second, _ = apply(first, state)
+    start = np.array([0.6, -0.8])
+    np.testing.assert_allclose(first, start * 0.9**3, rtol=1e-12)
+    w = start * 0.9**3
+    for _ in range(3):
+        w = w - 0.1 * (w + 0.9 * start)
+    np.testing.assert_allclose(second, w, rtol=1e-12)
+
+
 INNER_UPDATES = ("frozen_preconditioner", "frozen_state", "sgd", "adam")
 
 

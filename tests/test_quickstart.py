@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from test_experiment import programs_kept
 
 from dhlnn_jax import report
 from dhlnn_jax.config import load_config
@@ -41,7 +42,8 @@ def within_one_percent(pnl):
 def quickstart(tmp_path_factory):
     began = time.perf_counter()
     out = tmp_path_factory.getbasetemp() / "quickstart"
-    results = run(load_config(CONFIG, ["--out", str(out)]))
+    with programs_kept(tmp_path_factory.getbasetemp() / "programs"):
+        results = run(load_config(CONFIG, ["--out", str(out)]))
     figures = report.write_figures(results)
     report.print_report(results, figures)
     print(f"quickstart: run and report took {time.perf_counter() - began:.0f} s, at most 90 s are wanted")
@@ -92,7 +94,7 @@ def test_flipped_sign_fails_the_same_check(quickstart, best):
     assert not within_one_percent(-gain - payoff - cost)  # trades of the other sign cost the same
 
 
-def test_untrained_parameters_fail_the_same_check(quickstart):
+def test_untrained_parameters_fail_the_same_check(quickstart, tmp_path_factory):
     config = quickstart.config
     key_init, key_test = (jax.random.fold_in(jax.random.key(config.seed), role) for role in (0, 3))
     source, contract = make_source(config, key_test), make_contract(config)

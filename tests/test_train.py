@@ -212,7 +212,22 @@ def test_fit_keeps_the_best_epoch_and_the_last(key):
     assert result.best_epoch == 2 and result.best_risk == 1.0
     assert_identical(result.best_params, seen[2][0].params)
     assert_identical(result.state, seen[4][0])
-    assert len({float(info.risk) for _, info in seen.values()}) == 4  # fresh paths each epoch
+
+
+def test_fit_gives_every_epoch_its_own_key(key):
+    def keys_of(state, n_epochs):
+        keys = []
+
+        def step(state, key, settings):
+            keys.append(tuple(jax.random.key_data(key).tolist()))
+            return state._replace(epoch=state.epoch + 1), None
+
+        train.fit(step, state, key, settings(), n_epochs=n_epochs)
+        return keys
+
+    keys = keys_of(initial(), 5)
+    assert len(set(keys)) == 5
+    assert keys_of(initial()._replace(epoch=jnp.asarray(2)), 5) == keys[2:]  # by epoch, not by call
 
 
 def test_fit_without_validation_keeps_the_last(key):
