@@ -54,7 +54,7 @@ class MarketConfig(_Section):
     drift: float = Field(0.0, description="per year (simulated markets)")
     spot0: float = Field(1.0, gt=0, description="first price, money")
     noise: NoiseKind = Field("pseudo", description="how training normals are drawn")
-    parameters: dict[str, float] = Field({}, description="further numbers of a simulator, by name")
+    parameters: dict[str, float] = Field({}, description="further numbers of a simulator: name=number ...")
     path: str | None = Field(None, description="file or folder of recorded prices; history has its own")
     tickers: tuple[str, ...] | None = Field(None, description="history: use only these")
     test_fraction: float = Field(0.35, gt=0, lt=1, description="recorded: last part of the time that tests")

@@ -96,9 +96,14 @@ def print_report(results: Results, figures: Sequence[Path]) -> None:
         against.add_column("method", no_wrap=True)
         against.add_column("difference ± standard error", justify="right")
         for name in reports:
-            if name != best:
-                value, error = _paired(results, name, best, metric)
-                against.add_row(label_of(name), _signed(value, error))
+            if name == best:
+                continue
+            if metric == "entropic_risk_measure" and any(
+                tail_not_estimable(reports[n]) for n in (name, best)
+            ):
+                against.add_row(label_of(name), "tail not estimable")
+            else:
+                against.add_row(label_of(name), _signed(*_paired(results, name, best, metric)))
         console.print(against)
     for note in results.meta["notes"]:
         print(f"note: {note}", file=sys.stderr)

@@ -31,12 +31,7 @@ def x64():
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory):
-    """The shipped quickstart at its full settings, run once: the evidence that training works."""
-    from pathlib import Path
+    """The shipped quickstart, run once: the evidence that training works."""
+    from runs import quickstart_run
 
-    from dhlnn_jax.config import load_config
-    from dhlnn_jax.experiment import run
-
-    folder = tmp_path_factory.mktemp("quickstart") / "results" / "quickstart"
-    config = load_config(Path(__file__).parents[1] / "configs" / "quickstart.toml", ["--out", str(folder)])
-    return run(config)
+    return quickstart_run(tmp_path_factory.getbasetemp())

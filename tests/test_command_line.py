@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_experiment import CONFIGS, METHODS, programs_kept, smoke_run
+from runs import CONFIGS, METHODS, programs_kept, smoke_run
 
 from dhlnn_jax import experiment
 from dhlnn_jax.command_line import main

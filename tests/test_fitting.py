@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_experiment import CONFIGS, METRICS, small_run
+from runs import CONFIGS, METRICS, small_run
 
-from dhlnn_jax import fitting
 from dhlnn_jax.config import load_config, make_config
 from dhlnn_jax.fitting import build_hedger, build_policy, build_update
 from dhlnn_jax.hedge import DELTAS
@@ -139,26 +138,16 @@ def test_risk_that_is_not_finite_is_reported_with_method_and_epoch(base, monkeyp
         small_run(base, "endless", *TINY)
 
 
-def test_last_parameters_are_measured_where_asked(base, monkeypatch):
-    """With a validation risk that only rises, the first is best."""
-    rising = iter(range(1, 9))
-    compiled = fitting.jax.jit
-
-    def jit(function, **options):
-        if getattr(function, "__name__", "") == "validation_risk":
-            return lambda *arguments: float(next(rising))
-        return compiled(function, **options)
-
-    monkeypatch.setattr(fitting.jax, "jit", jit)
-    tiny = [word for word in TINY if word != "--evaluation.epochs="]
+def test_parameters_of_the_best_or_of_the_last_epoch_are_measured_as_asked(base):
+    epochs = ("--training.epochs", "4", "--training.validation_every", "1", "--evaluation.epochs", "1,2,3,4")
     rows = {}
     for which in ("best", "last"):
-        results = small_run(
-            base, which, *tiny, "--evaluation.epochs", "2", "4", "--evaluation.parameters", which
-        )
+        rate = ("--training.learning_rate", "0.2", "--evaluation.parameters", which)  # far too large
+        results = small_run(base, which, "--methods", "dhntb", *epochs, *rate)
         rows[which] = results.metrics["methods"]["dhntb"]
-        assert rows[which]["best_epoch"] == 2 if which == "best" else rows[which]["best_epoch"] in (2, 4)
-    for which, entry in (("best", 0), ("last", 1)):
+    best = int(np.argmin(rows["best"]["training"]["validation_risk"]))
+    assert rows["best"]["best_epoch"] == rows["last"]["best_epoch"] == best + 1 < 4
+    for which, entry in (("best", best), ("last", -1)):
         row = rows[which]
         assert {metric: row["history"][entry][metric] for metric in METRICS} == row["final"]
     assert rows["best"]["final"] != rows["last"]["final"]

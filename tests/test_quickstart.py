@@ -4,22 +4,15 @@ Every judgement is also made of no hedge, of untrained parameters and of the tra
 flipped, and must fail for each.
 """
 
-import time
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
-from test_experiment import programs_kept
 
-from dhlnn_jax import report
-from dhlnn_jax.config import load_config
-from dhlnn_jax.experiment import make_contract, run
+from dhlnn_jax.experiment import make_contract
 from dhlnn_jax.fitting import build_hedger, evaluator
 from dhlnn_jax.hedger import policy_of
 from dhlnn_jax.source import make_source
 
-CONFIG = Path(__file__).parents[1] / "configs/quickstart.toml"
 OPTIMUM = 0.025862  # exact, entropic risk at volatility 0.2, strike 1, cost 2e-3, lambda 50, 30 days
 TRAINED = ("dhlnn", "dhntb", "dhmlp")
 
@@ -36,19 +29,6 @@ def within_one_percent(pnl):
     """Whether a hedger's entropic risk is at most 1 % above the exact optimum, give or take 2 s.e."""
     value, error = entropic_risk(pnl)
     return OPTIMUM - 3 * error - 1e-7 <= value <= 1.01 * OPTIMUM + 2 * error and error < 1e-4
-
-
-@pytest.fixture(scope="session")
-def quickstart(tmp_path_factory):
-    began = time.perf_counter()
-    out = tmp_path_factory.getbasetemp() / "quickstart"
-    with programs_kept(tmp_path_factory.getbasetemp() / "programs"):
-        results = run(load_config(CONFIG, ["--out", str(out)]))
-    figures = report.write_figures(results)
-    report.print_report(results, figures)
-    print(f"quickstart: run and report took {time.perf_counter() - began:.0f} s, at most 90 s are wanted")
-    assert len(figures) == 3
-    return results
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ def test_compose_example_trains():
     exec(BLOCKS[0], names)
     assert int(names["state"].epoch) == 20
     lines = [line for line in BLOCKS[0].splitlines() if line and not line.startswith(("import", "from"))]
-    assert len(lines) == 10
+    assert len(lines) <= 10
 
 
 def test_single_path_example_gives_the_numbers_it_prints():

@@ -1,0 +1,71 @@
+"""Runs that several test files share, each done once a session."""
+
+import contextlib
+import functools
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from dhlnn_jax import report
+from dhlnn_jax.config import load_config
+from dhlnn_jax.experiment import run
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+METHODS = ("dhlnn", "dhntb", "dhmlp", "whalley_wilmott", "bsdh", "no_hedge")
+TRAINED = METHODS[:3]
+METRICS = {
+    "entropic_risk_measure",
+    "expected_shortfall",
+    "value_at_risk",
+    "pnl_mean",
+    "pnl_std",
+    "trading_cost_mean",
+    "turnover_mean",
+}
+
+
+@contextlib.contextmanager
+def programs_kept(folder):
+    """Keeps compiled programs on disk, so that a run with the shapes of an earlier one compiles nothing."""
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+
+    def switch(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    switch(options)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
+def small_run(base, name, *overrides, **how):
+    """configs/smoke.toml with overrides, into base/name; `base` is the session's temporary folder."""
+    config = load_config(CONFIGS / "smoke.toml", ["--out", str(base / name), *overrides])
+    with programs_kept(base / "programs"):
+        return run(config, **how)
+
+
+@functools.cache
+def smoke_run(base):
+    """The one run of configs/smoke.toml as it is, figures included."""
+    results = small_run(base, "smoke")
+    report.write_figures(results)
+    return results
+
+
+@functools.cache
+def quickstart_run(base):
+    """The one run of configs/quickstart.toml at its full settings, in base/results as README has it."""
+    with programs_kept(base / "programs"):
+        results = run(load_config(CONFIGS / "quickstart.toml", ["--out", str(base / "results/quickstart")]))
+    report.write_figures(results)
+    return results
