@@ -247,9 +247,8 @@ def risk_by_epoch(results: Results) -> Figure | None:
     axis.set_ylim(low - pad, high + pad)
     axis.set_xlabel("epoch (one update on fresh paths each)")
     axis.set_ylabel(f"{_OBJECTIVE_LABELS[results.config.risk.kind]} (money)")
-    axis.set_title(
-        "points: validation; thin lines: training batches; squares: test paths ± 2 s.e.", fontsize=10
-    )
+    squares = "; squares: test paths ± 2 s.e." if results.config.evaluation.epochs else ""
+    axis.set_title(f"points: validation; thin lines: training batches{squares}", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
