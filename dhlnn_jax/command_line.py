@@ -59,8 +59,7 @@ def _run(arguments: list[str]) -> int:
     from dhlnn_jax.experiment import run
 
     results = run(config, overwrite=flags["--overwrite"], resume=flags["--resume"])
-    figures = report.write_figures(results)
-    report.print_report(results, figures)
+    report.print_report(results)
     return 0
 
 
@@ -72,7 +71,8 @@ def _report(arguments: list[str]) -> int:
     from dhlnn_jax.results import read_results
 
     for results in [read_results(folder) for folder in arguments]:
-        report.print_report(results, report.write_figures(results))
+        report.write_figures(results)
+        report.print_report(results)
     return 0
 
 

@@ -24,6 +24,7 @@ from dhlnn_jax.market import MarketPath
 from dhlnn_jax.methods import METHODS
 from dhlnn_jax.payoff import CLAIMS
 from dhlnn_jax.pnl import COST_MODELS, Contract
+from dhlnn_jax.report import MIN_EFFECTIVE_PATHS, objective_metric, write_figures
 from dhlnn_jax.results import (
     Results,
     claim_folder,
@@ -36,9 +37,6 @@ from dhlnn_jax.results import (
 from dhlnn_jax.settings import Settings
 from dhlnn_jax.source import Source, make_source
 from dhlnn_jax.unhedged import unhedged_law
-
-# Below this many effective paths an entropic estimate is not shown as a number.
-MIN_EFFECTIVE_PATHS = 1_000
 
 
 class _Row(NamedTuple):
@@ -132,6 +130,7 @@ def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Res
         folder=folder,
     )
     write_results(results)
+    write_figures(results)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished run is not resumed
     return results
 
@@ -240,11 +239,6 @@ def _notes(config: Config, source: Source, metrics: dict[str, Any], exact: Exact
                 "zero; lower training.learning_rate or raise training.warmup"
             )
     return notes
-
-
-def objective_metric(config: Config) -> str:
-    """The reported metric that corresponds to the objective (mean-variance: its entropic neighbour)."""
-    return "expected_shortfall" if config.risk.kind == "expected_shortfall" else "entropic_risk_measure"
 
 
 def _beats(metrics: dict[str, Any], a: str, b: str, metric: str) -> bool:

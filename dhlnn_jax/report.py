@@ -1,7 +1,6 @@
 """Tables and figures of finished runs, from what their results folder holds and nothing else."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from dhlnn_jax.experiment import MIN_EFFECTIVE_PATHS, objective_metric
+from dhlnn_jax.config import Config
 from dhlnn_jax.methods import METHODS
 from dhlnn_jax.results import Results
 
@@ -29,6 +28,15 @@ _COLUMNS = {
     "trading_cost_mean": "mean cost",
     "turnover_mean": "turnover (units)",
 }
+
+
+# Below this many effective paths an entropic estimate is not shown as a number.
+MIN_EFFECTIVE_PATHS = 1_000
+
+
+def objective_metric(config: Config) -> str:
+    """The reported metric that corresponds to the objective (mean-variance: its entropic neighbour)."""
+    return "expected_shortfall" if config.risk.kind == "expected_shortfall" else "entropic_risk_measure"
 
 
 def label_of(name: str) -> str:
@@ -58,7 +66,7 @@ def _two_digits(error: float) -> str:
     return f"{error:.6f}" if error >= 1e-5 or error == 0 else f"{error:.1e}"
 
 
-def print_report(results: Results, figures: Sequence[Path]) -> None:
+def print_report(results: Results) -> None:
     """The table, the paired differences and where everything lies on stdout; notes on stderr."""
     from rich.console import Console
     from rich.table import Table
@@ -108,7 +116,7 @@ def print_report(results: Results, figures: Sequence[Path]) -> None:
     for note in results.meta["notes"]:
         print(f"note: {note}", file=sys.stderr)
     print(f"results: {results.folder}")
-    for figure in figures:
+    for figure in sorted(results.folder.glob("*.png")):
         print(f"figure: {figure}")
 
 

@@ -63,7 +63,7 @@ def make_train_step(
     objective: Objective,
     update: Update,
     *,
-    n_paths: int,
+    n_paths: int = 10_000,
 ) -> TrainStep:
     """One epoch: fresh paths, one update. Pure; the caller jits it.
 

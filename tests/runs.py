@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from dhlnn_jax import report
 from dhlnn_jax.config import load_config
 from dhlnn_jax.experiment import run
 
@@ -57,15 +56,11 @@ def small_run(base, name, *overrides, **how):
 @functools.cache
 def smoke_run(base):
     """The one run of configs/smoke.toml as it is, figures included."""
-    results = small_run(base, "smoke")
-    report.write_figures(results)
-    return results
+    return small_run(base, "smoke")
 
 
 @functools.cache
 def quickstart_run(base):
     """The one run of configs/quickstart.toml at its full settings, in base/results as README has it."""
     with programs_kept(base / "programs"):
-        results = run(load_config(CONFIGS / "quickstart.toml", ["--out", str(base / "results/quickstart")]))
-    report.write_figures(results)
-    return results
+        return run(load_config(CONFIGS / "quickstart.toml", ["--out", str(base / "results/quickstart")]))

@@ -65,7 +65,7 @@ def test_figures_are_the_same_every_time(moved, base):
 
 def test_table_shows_the_numbers_of_metrics_json(moved, capsys):
     results = read_results(moved)
-    report.print_report(results, [])
+    report.print_report(results)
     out = capsys.readouterr().out
     for row in results.metrics["methods"].values():
         for number in row["final"].values():
@@ -99,7 +99,7 @@ def test_folder_that_is_no_results_folder_is_one_line_and_exit_code_2(moved, tmp
 
 def test_tail_carried_by_few_paths_is_not_shown_as_a_number(base, capsys):
     results = history_run(base)
-    report.print_report(results, report.write_figures(results))
+    report.print_report(results)
     out, err = capsys.readouterr()
     for row in results.metrics["methods"].values():
         assert f"tail not estimable (ESS {row['effective_sample_size']:.0f})" in out
