@@ -10,6 +10,9 @@ if importlib.util.find_spec("beartype"):  # the GPU machine has no beartype: it 
 import jax
 import pytest
 
+# Compiling is most of the time that these tests take, and most of what they compile runs once.
+jax.config.update("jax_disable_most_optimizations", True)
+
 
 @pytest.fixture
 def key():

@@ -3,10 +3,12 @@
 import contextlib
 import functools
 from pathlib import Path
+from unittest import mock
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from dhlnn_jax import experiment, report
 from dhlnn_jax.config import load_config
 from dhlnn_jax.experiment import run
 
@@ -46,21 +48,34 @@ def programs_kept(folder):
         switch(before)
 
 
+@contextlib.contextmanager
+def optimized():
+    """Compiles as for users; `conftest` turns most optimizations off."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 def small_run(base, name, *overrides, **how):
-    """configs/smoke.toml with overrides, into base/name; `base` is the session's temporary folder."""
+    """configs/smoke.toml with overrides, into base/name, without figures; `base` is the session's folder."""
     config = load_config(CONFIGS / "smoke.toml", ["--out", str(base / name), *overrides])
-    with programs_kept(base / "programs"):
+    with programs_kept(base / "programs"), mock.patch.object(experiment, "write_figures"):
         return run(config, **how)
 
 
 @functools.cache
 def smoke_run(base):
     """The one run of configs/smoke.toml as it is, figures included."""
-    return small_run(base, "smoke")
+    results = small_run(base, "smoke")
+    report.write_figures(results)
+    return results
 
 
 @functools.cache
 def quickstart_run(base):
     """The one run of configs/quickstart.toml at its full settings, in base/results as README has it."""
-    with programs_kept(base / "programs"):
+    with programs_kept(base / "programs"), optimized():
         return run(load_config(CONFIGS / "quickstart.toml", ["--out", str(base / "results/quickstart")]))
