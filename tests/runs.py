@@ -51,12 +51,11 @@ def programs_kept(folder):
 @contextlib.contextmanager
 def optimized():
     """Compiles as for users; `conftest` turns most optimizations off."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def small_run(base, name, *overrides, **how):
