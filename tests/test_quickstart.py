@@ -78,7 +78,9 @@ def test_untrained_parameters_fail_the_same_check(quickstart, tmp_path_factory):
     config = quickstart.config
     key_init, key_test = (jax.random.fold_in(jax.random.key(config.seed), role) for role in (0, 3))
     source, contract = make_source(config, key_test), make_contract(config)
-    np.testing.assert_allclose(source.test.spot[:, -1], quickstart.pnl["final_spot"], rtol=1e-5)  # the same paths
+    np.testing.assert_allclose(
+        source.test.spot[:, -1], quickstart.pnl["final_spot"], rtol=1e-5
+    )  # the same paths
     for name in ("dhlnn", "dhmlp"):  # dhntb starts from the same parameters as dhlnn
         hedger = build_hedger(name, config)
         money = evaluator(policy_of(hedger), contract)(
