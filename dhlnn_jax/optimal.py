@@ -1,0 +1,575 @@
+"""The exact optimum of hedging with proportional costs under exponential utility, by backward induction.
+
+Wealth factors out of the exponential utility, so that the state is the time, the spot and the hedge ratio
+held so far. In logarithms, with lambda the risk aversion and c the cost rate,
+
+  L_n(p, d)     = lambda payoff(p)  (+ lambda c p |d| if the last position is sold),
+  G_i(p, delta) = log E exp(L_{i+1}(P', delta) - lambda delta (P' - p)),
+  L_i(p, d)     = min_delta { lambda c p |delta - d| + G_i(p, delta) },   value = L_0(spot0, 0) / lambda.
+
+G_i is convex in delta, so the minimum is a no-transaction band: nothing is traded between `band_lower`, where
+dG/ddelta = -lambda c p, and `band_upper`, where it is +lambda c p; outside one trades to the nearer edge.
+Host-level numpy in float64, whatever the caller's JAX precision.
+
+Source: Hodges and Neuberger (1989); Davis, Panas and Zariphopoulou (1993), in discrete time and log space.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, SupportsFloat, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.interpolate import CubicSpline
+
+from dhlnn_jax.errors import UsageError
+from dhlnn_jax.hedge import band_hedge
+from dhlnn_jax.hedger import Policy, rule_policy
+from dhlnn_jax.market import MarketPath
+from dhlnn_jax.payoff import CLAIMS
+from dhlnn_jax.settings import Settings
+
+CUT = 10.0  # normals are cut here, those of each step and that of the whole time, in standard deviations
+SPOTS = 8  # spots per standard deviation of one step
+_HEDGE_RATIOS = 64  # intervals across what the claim can ask for, see `hedge_ratio_grid`
+_LATTICE_REFINEMENT = 4  # finer on lattices, where no density smooths the kinks of L
+_NO_PLATEAU = 5.0  # lambda P_0 sigma sqrt(T) from which on the value depends on CUT
+_PANEL_NODES = 12
+_BLOCK = 512  # spots whose expectations are one matrix product
+
+
+@runtime_checkable  # beartype checks it under pytest
+class Solution(Protocol):
+    """What a policy needs of an exact solution: the band's edges along an observed path, [n_steps]."""
+
+    def band(self, path: MarketPath, settings: Settings) -> tuple[jax.Array, jax.Array]: ...
+
+
+def optimal_policy(solution: Solution) -> Policy:
+    """The solved band as a policy on any paths (`params=None`); what the settings say is not looked at."""
+    return rule_policy(lambda path, settings: band_hedge(*solution.band(path, settings)), solution.band)
+
+
+class OptimalHedge(NamedTuple):
+    """The optimum for a claim on the last spot.
+
+    Attributes:
+      value: entropic risk of the optimally hedged claim, starting at spot0 without a position; money.
+      error: the larger distance of `value` from those at half and at a third of the resolution; money.
+      spot: [n_spot], ascending; equally spaced in the logarithm under the normal law.
+      band_lower, band_upper: edges of the no-transaction band, [n_steps, n_spot]. An edge beyond
+        `hedge_ratio_limits` stands at the limit, and no optimal position is out there.
+      hedge_ratio_limits: the smallest and largest hedge ratio that the recursion sees.
+      notes: what the reader of the value should know; empty if nothing.
+    """
+
+    value: float
+    error: float
+    spot: np.ndarray
+    band_lower: np.ndarray
+    band_upper: np.ndarray
+    hedge_ratio_limits: tuple[float, float]
+    notes: tuple[str, ...]
+
+    def band(self, path: MarketPath, settings: Settings) -> tuple[jax.Array, jax.Array]:
+        """Edges along an observed path [n_steps]: linear in the log spot, constant beyond the grid."""
+        del settings
+        check_path(path, self.band_lower)
+        log_spot, dtype = jnp.log(path.spot), path.spot.dtype
+        at = jax.vmap(jnp.interp, in_axes=(0, None, 0))
+        grid = jnp.asarray(np.log(self.spot), dtype)
+        lower, upper = (jnp.asarray(edge, dtype) for edge in (self.band_lower, self.band_upper))
+        return at(log_spot, grid, lower), at(log_spot, grid, upper)
+
+
+def solve_european(
+    payoff: Callable[..., Any],
+    *,
+    spot0: SupportsFloat = 1.0,
+    volatility: SupportsFloat,
+    drift: SupportsFloat = 0.0,
+    n_steps: int,
+    dt: SupportsFloat,
+    cost_rate: SupportsFloat,
+    risk_aversion: SupportsFloat,
+    liquidate: bool = False,
+    increments: tuple[Any, Any] | None = None,
+    resolution: float = 1.0,
+    memory_limit_gib: float = 4.0,
+) -> OptimalHedge:
+    """Optimal value and no-transaction band for the seller of a claim on the last spot.
+
+    value = min over hedges of 1/lambda log E exp(-lambda PnL), PnL as in `pnl.hedged_pnl` without premium.
+
+    Args:
+      payoff: money owed at maturity, called on a path of the last spot alone, as
+        `functools.partial(european_call, strike=1.0)`; traceable by JAX; negative for a claim held. Kinks
+        and jumps are found numerically.
+      volatility, drift, dt: per square root of a year, per year, years between two trades.
+      cost_rate: fraction of the traded notional. risk_aversion: 1/money.
+      liquidate: charge the sale of the last position.
+      increments: (log returns, probabilities) of every step in place of the normal law; `volatility` and `dt`
+        then say nothing. Memory limits the spots they may reach, fewest if log returns are equally spaced.
+      resolution: factor on the numbers of spots and hedge ratios.
+      memory_limit_gib: a solve that would take more is refused before it starts.
+    Returns: the optimum with its error, band and notes; `optimal_policy` turns it into a hedger.
+    Raises: UsageError for a claim that is not terminal, numbers out of range, increments with arbitrage, an
+      optimum without bound and more memory than the limit.
+    Numerics: under the normal law every hedger that ever holds less than one share has infinite risk
+      (lognormal tails), the optimum included. What is computed is for normals cut at `CUT`; up to about 3 of
+      lambda P_0 sigma sqrt(T) the cut does not matter, from 5 on it does and `notes` says so.
+    Source: Hodges and Neuberger (1989); Davis, Panas and Zariphopoulou (1993).
+    """
+    _check_terminal(payoff)
+    numbers = check_numbers(spot0, volatility, dt, cost_rate, risk_aversion, n_steps, resolution)
+    claim = _Claim(payoff, *numbers, liquidate)
+    if increments is None:
+        step = normal_step(volatility, drift, dt)
+        deviations = 2 * CUT * (np.sqrt(n_steps) + 1) + abs(n_steps * step.mean / step.deviation)
+        check_memory(SPOTS * resolution * deviations, n_steps, resolution, memory_limit_gib)
+        solve_at, asked, notes = _on_normal_grid(claim, step)
+    else:
+        resolution = _LATTICE_REFINEMENT * resolution
+        lattice = _lattice(claim, increments, drift, resolution, memory_limit_gib)
+        solve_at, asked, notes = _on_lattice(claim, lattice)
+    solved, error, limits = refined(solve_at, asked, resolution)
+    error += rounding(claim.spot0, claim.risk_aversion)
+    return OptimalHedge(solved.value, error, *solved[1:], limits, notes)
+
+
+def solve_lookback(**numbers: Any):
+    """Optimum for a fixed-strike lookback call: arguments and result of `optimal_lookback.solve_lookback`."""
+    from dhlnn_jax import optimal_lookback  # it is built on this module
+
+    return optimal_lookback.solve_lookback(**numbers)
+
+
+# The recursion, whatever the state.
+
+
+class Solved(NamedTuple):
+    """One solve on one grid: value in money, the coordinates of the bands, and their edges."""
+
+    value: float
+    coordinates: Any
+    band_lower: np.ndarray
+    band_upper: np.ndarray
+
+
+SolveAt = Callable[[float, np.ndarray], Solved]  # (resolution, hedge ratios) -> one solve
+
+
+def backward(
+    expected: Callable[[int, Any], np.ndarray],
+    marginal_cost: Callable[[int], np.ndarray],
+    hedge_ratio: np.ndarray,
+    n_steps: int,
+    *,
+    kinked: bool,
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """L_0 and the edges of the band at every step.
+
+    Args:
+      expected: (i, L_{i+1}) -> G_i [n_states, n_ratios]; L_n comes as None.
+      marginal_cost: i -> lambda c p, [n_states].
+      kinked: L has a kink at hedge ratio 0 (a final sale), where G is not smooth either.
+    """
+    cost_to_go: Any = None
+    bands = []
+    for i in reversed(range(n_steps)):
+        *band, cost_to_go = _trade(expected(i, cost_to_go), hedge_ratio, marginal_cost(i), kinked)
+        bands.append(band)
+    lower, upper = (list(edge) for edge in zip(*reversed(bands), strict=True))
+    return cost_to_go, lower, upper
+
+
+def _trade(
+    holding: np.ndarray, hedge_ratio: np.ndarray, marginal_cost: np.ndarray, kinked: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Edges of the band and L_i from G_i, all at once.
+
+    A cubic spline in the hedge ratio places the edges. Its errors are of second order in L, because
+    dG/ddelta +- lambda c p vanishes there, and inside the band L is G at the nodes themselves.
+    """
+    n, width, state = len(hedge_ratio), np.diff(hedge_ratio), np.arange(len(holding))
+    zero = int(np.argmin(np.abs(hedge_ratio)))
+    operator = np.zeros((2, n - 1, n))  # to the spline's slopes at the start and the end of every interval
+    for first, last in ((0, zero), (zero, n - 1)) if kinked else ((0, n - 1),):
+        nodes = hedge_ratio[first : last + 1]
+        slope = CubicSpline(nodes, np.eye(len(nodes)))(nodes, 1)
+        operator[:, first:last, first : last + 1] = slope[:-1], slope[1:]
+    slopes = [holding @ each.T for each in operator]
+
+    def edge(slope: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """argmin over delta of G + slope delta, and G there."""
+        node = np.argmin(holding + slope[:, None] * hedge_ratio, axis=1)
+        best = hedge_ratio[node], holding[state, node]
+        for neighbour in (node - 1, node):  # the minimum is a node, or inside one of the intervals beside it
+            k = np.clip(neighbour, 0, len(width) - 1)
+            a0, a1, late = holding[state, k], slopes[0][state, k], slopes[1][state, k]
+            chord = (holding[state, k + 1] - a0) / width[k]
+            a2, a3 = (3.0 * chord - 2.0 * a1 - late) / width[k], (a1 + late - 2.0 * chord) / width[k] ** 2
+            with np.errstate(divide="ignore", invalid="ignore"):
+                root = -2.0 * (a1 + slope) / (2.0 * a2 + np.sqrt(4.0 * a2**2 - 12.0 * a3 * (a1 + slope)))
+            inside = (root > 0.0) & (root < width[k])  # False for nan
+            t = np.where(inside, root, 0.0)
+            there = a0 + t * (a1 + t * (a2 + t * a3))
+            at = hedge_ratio[k] + t
+            better = inside & (there + slope * at < best[1] + slope * best[0])
+            best = np.where(better, at, best[0]), np.where(better, there, best[1])
+        return best
+
+    (lower, at_lower), (upper, at_upper) = edge(marginal_cost), edge(-marginal_cost)
+    upper = np.maximum(lower, upper)  # equal without costs, but for rounding
+    below = np.maximum(lower[:, None] - hedge_ratio, 0.0)
+    above = np.maximum(hedge_ratio - upper[:, None], 0.0)
+    cost_to_go = np.where(below > 0, at_lower[:, None], np.where(above > 0, at_upper[:, None], holding))
+    return lower, upper, cost_to_go + marginal_cost[:, None] * (below + above)
+
+
+def hedge_ratio_grid(low: float, high: float, resolution: float) -> np.ndarray:
+    """Equally spaced hedge ratios over [low, high] and a quarter more on each side; 0 is one of them."""
+    spacing = (high - low) / max(4.0, np.round(_HEDGE_RATIOS * resolution))
+    margin = 0.25 * (high - low)
+    return spacing * np.arange(np.floor((low - margin) / spacing), np.ceil((high + margin) / spacing) + 1)
+
+
+def refined(
+    solve_at: SolveAt, asked: tuple[float, float], resolution: float
+) -> tuple[Solved, float, tuple[float, float]]:
+    """The solve at `resolution`, its distance from a half and a third of that, and the hedge ratios covered.
+
+    Args:
+      asked: hedge ratios (0 among them) that the claim is expected to ask for; widened until no band is cut.
+    """
+    low, high = asked if asked[1] > asked[0] else (0.0, 1.0)
+    for _ in range(8):
+        ratios = hedge_ratio_grid(low, high, resolution)
+        solved = solve_at(resolution, ratios)
+        buys_most, sells_most = solved.band_lower.max() >= ratios[-1], solved.band_upper.min() <= ratios[0]
+        if not (buys_most or sells_most):
+            coarser = (resolution / 2, resolution / 3)  # two, in case that one agrees by chance
+            values = [solve_at(r, hedge_ratio_grid(low, high, r)).value for r in coarser]
+            error = max(abs(solved.value - value) for value in values)
+            return solved, error, (float(ratios[0]), float(ratios[-1]))
+        low, high = low - sells_most * (high - low), high + buys_most * (high - low)
+    raise UsageError(f"the optimal hedge ratio leaves [{low:g}, {high:g}]: the problem has no finite optimum")
+
+
+# Normal log returns on an equally spaced grid.
+
+
+class NormalStep(NamedTuple):
+    """Mean and standard deviation of the log return of one step, and the mean relative price change."""
+
+    mean: float
+    deviation: float
+    growth: float
+
+
+def normal_step(volatility: SupportsFloat, drift: SupportsFloat, dt: SupportsFloat) -> NormalStep:
+    """The log return of geometric Brownian motion over dt."""
+    sigma, mu, years = (float(x) for x in (volatility, drift, dt))
+    return NormalStep((mu - 0.5 * sigma**2) * years, sigma * np.sqrt(years), np.expm1(mu * years))
+
+
+class LogGrid(NamedTuple):
+    """Log spots `row`, and `node`: the same with what one step can reach on either side.
+
+    The trapezoidal rule on the nodes integrates a smooth function times a normal density to rounding, and
+    needs no interpolation; `weight` [block, block + nodes - rows] is the same for every block of rows.
+    """
+
+    row: np.ndarray
+    node: np.ndarray
+    reach: int
+    weight: np.ndarray
+
+    def weights(self, first: int, last: int) -> tuple[slice, np.ndarray]:
+        """Nodes that rows first..last-1 see, and their probabilities."""
+        n = last - first + 2 * self.reach
+        return slice(first, first + n), self.weight[: last - first, :n]
+
+
+def log_grid(step: NormalStep, low: float, high: float, origin: float, per_deviation: float) -> LogGrid:
+    """Grid over [low, high] with `origin` on it, `per_deviation` spots to the deviation of one step."""
+    spacing = step.deviation / max(2.0, np.round(per_deviation))
+    reach = int(np.ceil((CUT * step.deviation + abs(step.mean)) / spacing))
+    first, last = np.floor((low - origin) / spacing), np.ceil((high - origin) / spacing)
+    node = origin + spacing * np.arange(first - reach, last + reach + 1)
+    jump = spacing * (np.arange(_BLOCK + 2 * reach) - reach - np.arange(_BLOCK)[:, None])
+    weight = _density(step, jump)
+    return LogGrid(node[reach:-reach], node, reach, weight / weight[0].sum())
+
+
+def _density(step: NormalStep, log_return: np.ndarray) -> np.ndarray:
+    z = (log_return - step.mean) / step.deviation
+    return np.where(np.abs(z) <= CUT, np.exp(-0.5 * z**2), 0.0)
+
+
+def log_expectation(
+    exponent: np.ndarray, weights: Callable[[int, int], tuple[slice, np.ndarray]], first: int, last: int
+) -> np.ndarray:
+    """log sum_node weight exp(exponent), for rows first..last-1; [last - first, n_ratios].
+
+    Numerics: one shift for a block of rows; a block where that underflows is cut in two.
+    """
+    if last - first > _BLOCK:
+        parts = [(a, min(a + _BLOCK, last)) for a in range(first, last, _BLOCK)]
+        return np.concatenate([log_expectation(exponent, weights, *part) for part in parts])
+    nodes, weight = weights(first, last)
+    top = exponent[nodes].max(axis=0)
+    total = weight @ np.exp(exponent[nodes] - top)
+    if last - first > 1 and total.min() < 1e-250:
+        middle = (first + last) // 2
+        parts = [(first, middle), (middle, last)]
+        return np.concatenate([log_expectation(exponent, weights, *part) for part in parts])
+    return np.log(total) + top
+
+
+def linear_tail(values: np.ndarray, spot: np.ndarray, beyond: np.ndarray, *, end: int) -> np.ndarray:
+    """Continues values [n_spot, n_ratios] to spots `beyond` the given end (0 or -1), linearly in price."""
+    inner = 1 if end == 0 else -2
+    slope = (values[end] - values[inner]) / (spot[end] - spot[inner])
+    return values[end] + (beyond[:, None] - spot[end]) * slope
+
+
+# Claims on the last spot.
+
+
+class _Claim(NamedTuple):
+    payoff: Callable[..., Any]
+    spot0: float
+    cost_rate: float
+    risk_aversion: float
+    n_steps: int
+    liquidate: bool
+
+    def owed(self, log_spot: np.ndarray) -> np.ndarray:
+        """The payoff at log spots, in chunks of one shape so that JAX compiles it once."""
+        chunk = 2048
+        spot = np.exp(np.append(log_spot, np.zeros(-len(log_spot) % chunk))).reshape(-1, chunk)
+        with jax.enable_x64(True):
+            money = [np.asarray(jax.vmap(lambda s: self.payoff(s[None]))(part), float) for part in spot]
+        owed = np.concatenate([part.reshape(chunk) for part in money])[: len(log_spot)]
+        if not np.all(np.isfinite(owed)):
+            bad = np.exp(log_spot[~np.isfinite(owed)][0])
+            raise UsageError(f"payoff must be finite at every spot > 0, it is not at {bad:g}")
+        return owed
+
+    def terminal(self, log_spot: np.ndarray, owed: np.ndarray, hedge_ratio: np.ndarray) -> np.ndarray:
+        """L_n, [n_spot, n_ratios]."""
+        sale = self.liquidate * self.cost_rate * np.exp(log_spot)[:, None] * np.abs(hedge_ratio)
+        return self.risk_aversion * (owed[:, None] + sale)
+
+    def asked(self, slopes: np.ndarray, mean: float, variance: float, spot: float) -> tuple[float, float]:
+        """Hedge ratios that the slopes of the payoff, and the drift, may ask for; 0 among them."""
+        drifting = mean / (self.risk_aversion * spot * variance)
+        ratios = np.concatenate([slopes, slopes + drifting, [0.0]])
+        return float(ratios.min()), float(ratios.max())
+
+
+def _on_normal_grid(claim: _Claim, step: NormalStep) -> tuple[SolveAt, tuple[float, float], tuple[str, ...]]:
+    """How to solve on a grid, the hedge ratios the claim may ask for, and notes."""
+    n, scale, start = claim.n_steps, claim.risk_aversion, float(np.log(claim.spot0))
+    around, reach = n * step.mean, CUT * np.sqrt(n) * step.deviation
+    low, high = start + min(0.0, around) - reach, start + max(0.0, around) + reach
+    node, weight = _panels(claim, step, low, high)
+    owed = claim.owed(node)
+
+    def solve_at(resolution: float, hedge_ratio: np.ndarray) -> Solved:
+        grid = log_grid(step, low, high, start, SPOTS * resolution)
+        spot, beyond, position = np.exp(grid.row), np.exp(grid.node), scale * hedge_ratio
+
+        def panel_weights(first: int, last: int) -> tuple[slice, np.ndarray]:
+            farthest = CUT * step.deviation + abs(step.mean)
+            edges = np.searchsorted(node, [grid.row[first] - farthest, grid.row[last - 1] + farthest])
+            seen = slice(*edges)
+            density = _density(step, node[seen] - grid.row[first:last, None]) * weight[seen]
+            return seen, density / density.sum(axis=1, keepdims=True)
+
+        def expected(i: int, cost_to_go: np.ndarray | None) -> np.ndarray:
+            if cost_to_go is None:
+                later, after, weights = claim.terminal(node, owed, hedge_ratio), np.exp(node), panel_weights
+            else:
+                m = grid.reach
+                below = linear_tail(cost_to_go, spot, beyond[:m], end=0)
+                above = linear_tail(cost_to_go, spot, beyond[-m:], end=-1)
+                later, after, weights = np.concatenate([below, cost_to_go, above]), beyond, grid.weights
+            exponent = later - after[:, None] * position
+            return log_expectation(exponent, weights, 0, len(spot)) + spot[:, None] * position
+
+        marginal = scale * claim.cost_rate * spot
+        value, lower, upper = backward(expected, lambda i: marginal, hedge_ratio, n, kinked=claim.liquidate)
+        origin = np.argmin(np.abs(grid.row - start)), np.argmin(np.abs(hedge_ratio))
+        return Solved(float(value[origin]) / scale, spot, np.array(lower), np.array(upper))
+
+    coarse = np.arange(low, high, step.deviation)
+    slopes = np.diff(claim.owed(coarse)) / np.diff(np.exp(coarse))
+    asked = claim.asked(slopes, step.growth, step.deviation**2, np.exp(low))
+    liability = scale * claim.spot0 * max(1.0, abs(slopes[-1]))  # of many calls, lambda counts many times
+    return solve_at, asked, tail_notes(liability * np.sqrt(n) * step.deviation)
+
+
+def _panels(claim: _Claim, step: NormalStep, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights in the last log spot, on panels halved around kinks and jumps.
+
+    A panel is halved until the polynomial through its nodes gives the payoff at the nodes of its halves.
+    """
+    x, w = np.polynomial.legendre.leggauss(_PANEL_NODES)
+    halves = np.concatenate([0.5 * x - 0.5, 0.5 * x + 0.5])
+    interpolate = np.linalg.solve(np.vander(x).T, np.vander(halves, _PANEL_NODES).T).T
+    farthest = CUT * step.deviation + abs(step.mean) + step.deviation
+    edges = np.arange(low - farthest, high + farthest + 0.5 * step.deviation, 0.5 * step.deviation)
+    centre, half = 0.5 * (edges[1:] + edges[:-1]), np.full(len(edges) - 1, 0.25 * step.deviation)
+    owed = claim.owed((centre[:, None] + half[:, None] * x).ravel()).reshape(-1, _PANEL_NODES)
+    tolerance, done = 1e-11 * np.abs(owed).max(), []
+    for _ in range(40):
+        finer = claim.owed((centre[:, None] + half[:, None] * halves).ravel()).reshape(len(centre), -1)
+        kept = np.abs(owed @ interpolate.T - finer).max(axis=1, initial=0.0) <= tolerance
+        done.append((centre[kept], half[kept]))
+        owed = finer[~kept].reshape(-1, _PANEL_NODES)
+        half = np.repeat(0.5 * half[~kept], 2)
+        centre = np.repeat(centre[~kept], 2) + half * np.tile([-1.0, 1.0], len(half) // 2)
+        if not len(centre):
+            break
+    done.append((centre, half))
+    centre, half = (np.concatenate(part) for part in zip(*done, strict=True))
+    order = np.argsort(centre)
+    centre, half = centre[order, None], half[order, None]
+    return (centre + half * x).ravel(), (half * w).ravel()
+
+
+class _Lattice(NamedTuple):
+    """Log spots that can be reached at times 0..n_steps, the node each move leads to, and the moves."""
+
+    levels: list[np.ndarray]
+    children: list[np.ndarray]
+    log_return: np.ndarray
+    probability: np.ndarray
+
+
+def _lattice(
+    claim: _Claim, increments: tuple[Any, Any], drift: SupportsFloat, resolution: float, limit_gib: float
+) -> _Lattice:
+    log_return, probability = (np.asarray(x, float) for x in increments)
+    if log_return.ndim != 1 or log_return.shape != probability.shape or not np.all(np.isfinite(log_return)):
+        raise UsageError("increments must be finite log returns and as many probabilities")
+    if np.any(probability <= 0) or abs(probability.sum() - 1.0) > 1e-9:
+        raise UsageError(f"probabilities must be positive and sum to 1, their sum is {probability.sum():g}")
+    if not log_return.min() < 0 < log_return.max():
+        raise UsageError("increments must hold a negative and a positive log return: all else is arbitrage")
+    if float(drift) != 0:
+        raise UsageError(f"drift belongs to the normal law, with increments it must be 0: {float(drift):g}")
+    levels, children = [np.array([np.log(claim.spot0)])], []
+    for _ in range(claim.n_steps):
+        after = (levels[-1][:, None] + log_return).ravel()
+        rows = sum(map(len, levels)) / claim.n_steps + len(after)
+        check_memory(rows, claim.n_steps, resolution, limit_gib)
+        levels.append(_merged(after))
+        child = np.searchsorted(levels[-1], after + 1e-11, side="right") - 1
+        children.append(child.reshape(-1, len(log_return)))
+    return _Lattice(levels, children, log_return, probability / probability.sum())
+
+
+def _merged(log_spot: np.ndarray) -> np.ndarray:
+    """Ascending, with what differs by rounding taken for one."""
+    ordered = np.sort(log_spot)
+    return ordered[np.append(True, np.diff(ordered) > 1e-10)]
+
+
+def _on_lattice(claim: _Claim, lattice: _Lattice) -> tuple[SolveAt, tuple[float, float], tuple[str, ...]]:
+    """As `_on_normal_grid`; spots are exact, so that only the hedge ratios have a resolution."""
+    n, scale = claim.n_steps, claim.risk_aversion
+    spot = [np.exp(level) for level in lattice.levels]
+    owed = claim.owed(lattice.levels[-1])
+
+    def solve_at(resolution: float, hedge_ratio: np.ndarray) -> Solved:
+        def expected(i: int, cost_to_go: np.ndarray | None) -> np.ndarray:
+            after = claim.terminal(lattice.levels[n], owed, hedge_ratio) if cost_to_go is None else cost_to_go
+            gain = spot[i + 1][lattice.children[i]] - spot[i][:, None]
+            exponent = after[lattice.children[i]] - scale * gain[:, :, None] * hedge_ratio
+            top = exponent.max(axis=1)
+            return np.log(np.einsum("k,ikd->id", lattice.probability, np.exp(exponent - top[:, None]))) + top
+
+        value, lower, upper = backward(
+            expected, lambda i: scale * claim.cost_rate * spot[i], hedge_ratio, n, kinked=claim.liquidate
+        )
+        everywhere = np.exp(_merged(np.concatenate(lattice.levels[:-1])))
+        low, high = (
+            np.array([np.interp(everywhere, *at) for at in zip(spot, e, strict=False)])
+            for e in (lower, upper)
+        )
+        return Solved(float(value[0, np.argmin(np.abs(hedge_ratio))]) / scale, everywhere, low, high)
+
+    gain = np.expm1(lattice.log_return)
+    moments = float(lattice.probability @ gain), float(lattice.probability @ gain**2)
+    asked = claim.asked(np.diff(owed) / np.diff(spot[-1]), *moments, spot[-1][0])
+    return solve_at, asked, ()
+
+
+# What is refused, and what is said.
+
+
+def tail_notes(size: float) -> tuple[str, ...]:
+    """A note where the value depends on CUT, for a `size` lambda P_0 sigma sqrt(T)."""
+    if size < _NO_PLATEAU:
+        return ()
+    return (
+        f"the value depends on where normals are cut, here at {CUT:g} standard deviations: "
+        f"risk_aversion * spot0 * volatility * sqrt(time) = {size:.3g} is at least {_NO_PLATEAU:g}",
+    )
+
+
+def check_numbers(
+    spot0: SupportsFloat,
+    volatility: SupportsFloat,
+    dt: SupportsFloat,
+    cost_rate: SupportsFloat,
+    risk_aversion: SupportsFloat,
+    n_steps: int,
+    resolution: float,
+) -> tuple[float, float, float, int]:
+    """(spot0, cost_rate, risk_aversion, n_steps) as plain numbers, all in range."""
+    positive = dict(
+        spot0=spot0, volatility=volatility, dt=dt, risk_aversion=risk_aversion, n_steps=n_steps,
+        resolution=resolution,
+    )  # fmt: skip
+    for name, number in positive.items():
+        if not 0 < float(number) < np.inf:
+            raise UsageError(f"{name} must be positive and finite, got {float(number):g}")
+    if not 0 <= float(cost_rate) < np.inf:
+        raise UsageError(f"cost_rate must be 0 or more and finite, got {float(cost_rate):g}")
+    return float(spot0), float(cost_rate), float(risk_aversion), n_steps
+
+
+def check_memory(rows: float, n_steps: int, resolution: float, limit_gib: float) -> None:
+    """Refuses a solve of so many states a step; temporaries are some 30 arrays [rows, n_ratios]."""
+    gib = 8.0 * rows * (30 * (1.5 * _HEDGE_RATIOS * resolution + 3) + 4 * n_steps) / 2**30
+    if gib > limit_gib:
+        raise UsageError(
+            f"the solve would take {gib:.3g} GiB ({rows:.0f} states at each of {n_steps} steps), "
+            f"the limit is memory_limit_gib = {limit_gib:g}: take fewer steps or a lower resolution"
+        )
+
+
+def rounding(spot0: float, risk_aversion: float) -> float:
+    """What `error` is never below, in money: logarithms are rounded, and divided by lambda in the end."""
+    return 1e-10 * spot0 + 1e-13 / risk_aversion
+
+
+def check_path(path: MarketPath, edges: np.ndarray) -> None:
+    if path.spot.shape != edges.shape[:1]:
+        raise ValueError(f"solved for {edges.shape[0]} steps, the path has {path.spot.shape[0]} decisions")
+
+
+def _check_terminal(payoff: Callable[..., Any]) -> None:
+    while isinstance(payoff, partial):
+        payoff = payoff.func
+    for name, claim in CLAIMS.items():
+        if claim.payoff is payoff and not claim.terminal:
+            raise UsageError(
+                f"solve_european covers claims on the last spot, {name} depends on the {claim.depends_on} "
+                f"of the path: fixed-strike lookback calls have solve_lookback, others are not covered"
+            )
