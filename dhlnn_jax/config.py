@@ -159,6 +159,9 @@ class ModelConfig(_Section):
     )
     centre_strike: float | None = Field(None, gt=0, description="its strike, money; default contract.strike")
     form: Literal["delta_plus_tanh", "direct"] = Field("delta_plus_tanh", description="position of dhmlp")
+    prior: Literal["none", "whalley_wilmott"] = Field(
+        "none", description="band networks learn a correction to this band; the correction starts at 0"
+    )
 
     @field_validator("hidden_sizes")
     @classmethod
@@ -178,6 +181,13 @@ class ModelConfig(_Section):
     @classmethod
     def _known_centre(cls, name: str | None) -> str | None:
         return None if name is None else one_of("model.centre", name, tuple(DELTAS))
+
+
+class RulesConfig(_Section):
+    """The rules that have a number of their own."""
+
+    rebalance_every: int = Field(5, gt=0, description="periodic_delta: steps between two trades")
+    half_width: float = Field(0.1, ge=0, description="fixed_band: units of the underlying")
 
 
 class TrainingConfig(_Section):
@@ -243,6 +253,9 @@ class EvaluationConfig(_Section):
 
     n_paths: int = Field(100_000, gt=1, description="test paths (simulated markets)")
     epochs: tuple[int, ...] = Field((), description="also measure after these epochs")
+    optimum: bool = Field(
+        True, description="solve for the exact optimum where there is one, and report regret to it"
+    )
     parameters: Literal["best", "last"] = Field("best", description="by validation risk, or the last epoch's")
     volatility_seen: Literal["stale", "refreshed"] = Field(
         "stale", description="volatility hedgers go by under evaluation.market.volatility"
@@ -263,6 +276,7 @@ class Config(_Section):
     cost: CostConfig = CostConfig()
     risk: RiskConfig = RiskConfig()
     model: ModelConfig = ModelConfig()
+    rules: RulesConfig = RulesConfig()
     training: TrainingConfig = TrainingConfig()
     nested: NestedConfig = NestedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -286,6 +300,8 @@ class Config(_Section):
                     f"method {name!r} is a closed form for {', '.join(covers)}; "
                     f"contract.kind is {claim!r}: take it out of methods"
                 )
+        if "optimal" in self.methods and (why := self.no_optimum):
+            raise ValueError(f"method 'optimal' {why}: take it out of methods")
         lookback = [f for f in self.model.features if "max_" in f]
         if lookback and CLAIMS[claim].terminal:
             raise ValueError(
@@ -306,6 +322,22 @@ class Config(_Section):
         ):
             raise ValueError("evaluation.market changes simulated markets only, market.kind is recorded")
         return self
+
+    @property
+    def no_optimum(self) -> str | None:
+        """Why no exact optimum is solved for, or None; what `optimal.solve_contract` refuses is here too."""
+        claim = self.contract.kind
+        if self.market.kind != "gbm":
+            return f"is known for market.kind 'gbm', not {self.market.kind!r}"
+        if not CLAIMS[claim].terminal and claim != "lookback_call":
+            return f"is known for claims on the last spot and lookback_call, not {claim!r}"
+        if self.cost.kind != "proportional":
+            return f"is known for cost.kind 'proportional', not {self.cost.kind!r}"
+        if self.risk.kind != "entropic":
+            return f"is known for risk.kind 'entropic', not {self.risk.kind!r}"
+        if not self.market.volatility or self.evaluation.market.volatility == 0:
+            return "needs a volatility above 0"
+        return None if self.evaluation.optimum else "was switched off (evaluation.optimum = false)"
 
     @property
     def maturity(self) -> float:

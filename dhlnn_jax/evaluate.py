@@ -32,6 +32,7 @@ class HedgedPaths(NamedTuple):
 
     Attributes:
       payoff, trading_gain, trading_cost, pnl: money. turnover: units of the underlying bought and sold.
+      trade_frequency: fraction of the decisions at which anything is traded.
     """
 
     payoff: Array
@@ -39,6 +40,7 @@ class HedgedPaths(NamedTuple):
     trading_cost: Array
     pnl: Array
     turnover: Array
+    trade_frequency: Array
 
 
 def hedged_paths(
@@ -62,7 +64,8 @@ def hedged_paths(
         gain = trading_gain(path.spot, hedge_ratio)
         cost = contract.cost(path, settings)(trades(hedge_ratio), path.spot)
         pnl = gain + settings.premium - payoff - cost
-        return HedgedPaths(payoff, gain, cost, pnl, turnover(hedge_ratio))
+        traded = jnp.mean(trades(hedge_ratio)[:-1] != 0, dtype=pnl.dtype)
+        return HedgedPaths(payoff, gain, cost, pnl, turnover(hedge_ratio), traded)
 
     n_paths = paths.spot.shape[0]
     return jax.lax.map(one, paths, batch_size=min(batch_size, n_paths))
@@ -76,7 +79,7 @@ class Metric(NamedTuple):
 
 
 def metrics_of(settings: Settings) -> dict[str, Metric]:
-    """The reported metrics by name; risks are larger when worse, all but the turnover are in money."""
+    """The reported metrics by name; risks are larger when worse, all but the last two are in money."""
     return {
         "entropic_risk_measure": Metric(
             "pnl", partial(entropic_risk_measure, risk_aversion=settings.risk_aversion)
@@ -87,6 +90,7 @@ def metrics_of(settings: Settings) -> dict[str, Metric]:
         "pnl_std": Metric("pnl", standard_deviation),
         "trading_cost_mean": Metric("trading_cost", mean),
         "turnover_mean": Metric("turnover", mean),
+        "trade_frequency_mean": Metric("trade_frequency", mean),
     }
 
 
@@ -133,13 +137,41 @@ def as_report(values: dict[str, Any], stderrs: dict[str, Any]) -> dict[str, dict
     return {name: {"value": plain(values[name]), "stderr": plain(stderrs[name])} for name in values}
 
 
+class Regret(NamedTuple):
+    """Entropic risk in excess of the exact optimum's, in money."""
+
+    value: Array
+    stderr: Array
+
+
+@jax.jit
+def regret(measurement: Measurement, optimal: Measurement, group_ids: Int[Array, " n_paths"]) -> Regret:
+    """Entropic risk less that of the optimal policy on the same paths, with its paired standard error."""
+    name = "entropic_risk_measure"
+    apart = measurement.influences[name] - optimal.influences[name]
+    return Regret(measurement.values[name] - optimal.values[name], clustered_stderr(apart, group_ids))
+
+
+def regret_report(regret: Regret, optimum: float) -> dict[str, float | None]:
+    """{"value", "stderr", "percent", "percent_stderr"} as plain floats, percent of the exact `optimum`.
+
+    Percents are None where the optimum is not above 1e-6, money: there is no liability then.
+    """
+    value, stderr = (float(x) if np.isfinite(x) else None for x in regret)
+    share = 100.0 / optimum if optimum > 1e-6 else None
+    percents = (None if x is None or share is None else share * x for x in (value, stderr))
+    return dict(
+        zip(("value", "stderr", "percent", "percent_stderr"), (value, stderr, *percents), strict=True)
+    )
+
+
 def unhedged_values(payoff: np.ndarray, probability: np.ndarray, settings: Settings) -> dict[str, float]:
     """The metrics of no hedge from the law of the claim (`unhedged.unhedged_law`)."""
     with jax.enable_x64(True):
         settings = jax.tree.map(lambda x: jnp.asarray(float(x)), settings)
         pnl = settings.premium - jnp.asarray(payoff)
         nothing = jnp.zeros_like(pnl)
-        columns = {"pnl": pnl, "trading_cost": nothing, "turnover": nothing}
+        columns = {"pnl": pnl, "trading_cost": nothing, "turnover": nothing, "trade_frequency": nothing}
         return {
             name: float(metric.reduce(columns[metric.column], weights=jnp.asarray(probability)))
             for name, metric in metrics_of(settings).items()

@@ -10,20 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dhlnn_jax.bands import effective_band
 from dhlnn_jax.config import Config
 from dhlnn_jax.evaluate import (
     HedgedPaths,
     Measurement,
+    Regret,
     as_report,
     measure,
+    regret,
+    regret_report,
     standard_errors,
     unhedged_values,
 )
-from dhlnn_jax.fitting import TrainedMethod, build_policy, evaluator, train_method
+from dhlnn_jax.fitting import TrainedMethod, build_policy, evaluator, make_contract, train_method
+from dhlnn_jax.hedger import Policy
 from dhlnn_jax.market import MarketPath
 from dhlnn_jax.methods import METHODS
-from dhlnn_jax.payoff import CLAIMS
-from dhlnn_jax.pnl import COST_MODELS, Contract
+from dhlnn_jax.optimal import Optimum, solve_contract
+from dhlnn_jax.pnl import Contract
+from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.report import MIN_EFFECTIVE_PATHS, objective_metric, write_figures
 from dhlnn_jax.results import (
     Results,
@@ -46,16 +52,6 @@ class _Row(NamedTuple):
     measurement: Measurement
     final: dict[str, dict[str, float | None]]
     trained: TrainedMethod | None
-
-
-def make_contract(config: Config) -> Contract:
-    """The contract record of a configuration."""
-    return Contract(
-        CLAIMS[config.contract.kind],
-        cost_model=COST_MODELS[config.cost.kind],
-        liquidate=config.cost.liquidate,
-        charge_half_spread=config.cost.charge == "half_spread",
-    )
 
 
 def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Results:
@@ -81,25 +77,40 @@ def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Res
     contract = make_contract(config)
     open_folder(folder, config, overwrite=overwrite, resume=resume)
 
-    # The row without a hedge is what every other one must be read against.
-    names = list(dict.fromkeys((*config.methods, "no_hedge")))
+    # The optimum and the row without a hedge are what every other one must be read against.
+    optimum = _solve(config, contract, source.market_settings)
+    first = () if optimum is None else ("optimal",)
+    names = list(dict.fromkeys((*first, *config.methods, "no_hedge")))
     rows: dict[str, _Row] = {}
+    bands: dict[str, np.ndarray] = {}
     sample_path = _sample_path(config, source)
+
+    def judge(measurement: Measurement) -> dict[str, Any]:
+        if optimum is None:
+            return {}
+        return {
+            "regret": regret_report(
+                regret(measurement, rows["optimal"].measurement, source.test_groups), optimum.value
+            )
+        }
+
     for name in names:
         trained = None
         params = None
         if METHODS[name].trained:
             trained = train_method(
-                name, config, source, contract, key_init, key_train, key_validation, folder
+                name, config, source, contract, key_init, key_train, key_validation, folder, judge
             )
             params = trained.params
-        policy = build_policy(name, config)
+        policy = build_policy(name, config, source.market_settings)
         evaluate = evaluator(policy, contract)
         money = evaluate(params, source.test, source.test_settings)
         measurement = measure(money, source.test_settings)
         stderrs = standard_errors(measurement.influences, source.test_groups)
         rows[name] = _Row(money, measurement, as_report(measurement.values, stderrs), trained)
         sample_path |= _sampled(name, policy, params, source)
+        if not config.market.recorded:
+            bands |= _bands(name, policy, params, config, source)
 
     exact = _exact_no_hedge(config, contract, source.market_settings)
     metrics: dict[str, Any] = {
@@ -109,6 +120,14 @@ def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Res
         "methods": {name: _method_report(rows[name], exact if name == "no_hedge" else None) for name in rows},
     }
     metrics["paired"] = _paired(rows, metrics["methods"], source)
+    if optimum is not None:
+        metrics["optimum"] = {"value": optimum.value, "error": optimum.error}
+        for name, report in metrics["methods"].items():
+            report |= judge(rows[name].measurement)
+        if exact is not None:
+            risk = exact.values["entropic_risk_measure"] + config.contract.premium
+            unhedged = Regret(jnp.asarray(risk - optimum.value), jnp.asarray(0.0))
+            metrics["methods"]["no_hedge"]["regret"] = regret_report(unhedged, optimum.value)
     n_groups = len(np.unique(np.asarray(source.test_groups)))
     results = Results(
         config=config,
@@ -121,18 +140,43 @@ def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Res
                 "train": sum(r.trained.train_seconds for r in rows.values() if r.trained),
             },
             "settings": _numbers(source.settings),
+            "market_settings": _numbers(source.market_settings),
             "n_test_paths": int(source.test.spot.shape[0]),
             "n_test_groups": n_groups,
-            "notes": [*source.notes, *_notes(config, source, metrics, exact)],
+            "notes": [*source.notes, *_notes(config, source, metrics, exact), *_doubts(optimum, metrics)],
         },
         pnl=_pnl_arrays(rows, source.test, source.test_groups),
         sample_path=sample_path,
+        bands=bands,
         folder=folder,
     )
     write_results(results)
     write_figures(results)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a finished run is not resumed
     return results
+
+
+def _solve(config: Config, contract: Contract, market_settings: Settings) -> Optimum | None:
+    """The exact optimum on the test market; None where there is none."""
+    if config.no_optimum is not None:
+        return None
+    with progress_bar("solving for the exact optimum", None):
+        return solve_contract(contract, market_settings, n_steps=config.market.n_steps)
+
+
+def _doubts(optimum: Optimum | None, metrics: dict[str, Any]) -> list[str]:
+    """What speaks against the optimum: its own notes, and rows that seem to beat it."""
+    if optimum is None:
+        return []
+    notes = [f"exact optimum: {note}" for note in optimum.notes]
+    for name, report in metrics["methods"].items():
+        value, error = report["regret"]["value"], report["regret"]["stderr"]
+        if value is not None and error is not None and value < -3 * error - 1e-7 - optimum.error:
+            notes.append(
+                f"{name} seems to beat the exact optimum by {-value:.2g} ± {error:.2g}, which cannot be: "
+                "too few paths carry the tail; raise evaluation.n_paths"
+            )
+    return notes
 
 
 def _numbers(settings: Settings) -> dict[str, Any]:
@@ -220,9 +264,18 @@ def _notes(config: Config, source: Source, metrics: dict[str, Any], exact: Exact
         for name, report in reports.items()
         if name != "no_hedge" and _beats(metrics, name, "no_hedge", metric)
     ]
-    hedged = [report["final"][metric]["value"] for name, report in reports.items() if name != "no_hedge"]
-    hedged = [value for value in hedged if value is not None]
-    if unhedged is not None and hedged and not better:
+    hedged = [
+        report["final"][metric]["value"]
+        for name, report in reports.items()
+        if name not in ("no_hedge", "optimal") and report["final"][metric]["value"] is not None
+    ]
+    regret = reports["no_hedge"].get("regret", {"value": None})["value"]
+    if regret is not None and regret <= 1e-7 + metrics["optimum"]["error"]:
+        notes.append(
+            "the exact optimum is not to trade at this cost and risk aversion: the table shows who has "
+            "learned not to trade, not who hedges well"
+        )
+    elif unhedged is not None and hedged and not better:
         if min(hedged) < unhedged:
             what = "too few test paths, or too little to gain, to tell hedging from not hedging"
         else:
@@ -269,7 +322,23 @@ def _sample_path(config: Config, source: Source) -> dict[str, np.ndarray]:
     return {"spot": spot, "time": np.arange(len(spot)) * config.market.years_per_step}
 
 
-def _sampled(name: str, policy: Any, params: Any, source: Source) -> dict[str, np.ndarray]:
+def _bands(name: str, policy: Policy, params: Any, config: Config, source: Source) -> dict[str, np.ndarray]:
+    """No-transaction band over spot at some times to maturity: a policy's own, or its effective one."""
+    n_steps = config.market.n_steps
+    decisions = np.unique([min(1, n_steps - 1), n_steps // 2, 4 * n_steps // 5, n_steps - 1])
+    s = source.market_settings
+    reach = 2.5 * float(s.volatility) * np.sqrt(n_steps * float(s.dt))
+    spot = float(s.spot0) * np.exp(np.linspace(-reach, reach, 101))
+    lower, upper = effective_band(policy, params, jnp.asarray(spot, float), source.test_settings, n_steps)
+    return {
+        "spot": spot,
+        "decision": decisions,
+        f"{name}/band_lower": np.asarray(lower)[decisions],
+        f"{name}/band_upper": np.asarray(upper)[decisions],
+    }
+
+
+def _sampled(name: str, policy: Policy, params: Any, source: Source) -> dict[str, np.ndarray]:
     """Hedge ratios, and bands where there are any, on the first test path."""
     path = jax.tree.map(lambda x: x[0], source.test)
     arrays = {f"{name}/hedge_ratio": jax.jit(policy.hedge_ratio)(params, path, source.test_settings)}

@@ -15,13 +15,22 @@ from jaxtyping import PRNGKeyArray
 
 from dhlnn_jax.checkpoint import load_tree, save_tree
 from dhlnn_jax.config import Config
-from dhlnn_jax.evaluate import HedgedPaths, as_report, hedged_paths, measure, standard_errors
+from dhlnn_jax.evaluate import (
+    HedgedPaths,
+    Measurement,
+    as_report,
+    hedged_paths,
+    measure,
+    standard_errors,
+)
 from dhlnn_jax.hedge import DELTAS
 from dhlnn_jax.hedger import Hedger, Policy, policy_of
 from dhlnn_jax.market import MarketPath
-from dhlnn_jax.methods import METHODS
+from dhlnn_jax.methods import METHODS, RuleOptions
 from dhlnn_jax.nested import Update, nested_update, optax_update
-from dhlnn_jax.pnl import Contract
+from dhlnn_jax.optimal import solve_contract
+from dhlnn_jax.payoff import CLAIMS
+from dhlnn_jax.pnl import COST_MODELS, Contract
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.results import write_json
 from dhlnn_jax.settings import Settings
@@ -38,7 +47,7 @@ class TrainedMethod(NamedTuple):
       params: those to be measured (`evaluation.parameters`).
       curve: {"epoch", "risk", "turnover"} of every training batch, and {"validation_epoch",
         "validation_risk"}.
-      history: metrics on the test paths after `evaluation.epochs`.
+      history: metrics on the test paths after `evaluation.epochs`, and what had been spent by then.
       best_epoch: of the smallest validation risk.
       Others: counts and seconds for the whole training, resumed parts included.
     """
@@ -59,7 +68,7 @@ def build_hedger(name: str, config: Config) -> Hedger:
     assert method.make_hedger is not None
     # The paper's lineage centres the band of a lookback on the European delta.
     default = "european_put" if config.contract.kind == "european_put" else "european_call"
-    extra = {"form": model.form} if method.recurrent else {}
+    extra: dict[str, Any] = {"form": model.form} if method.recurrent else {"prior": model.prior}
     return method.make_hedger(
         features=model.features,
         hidden_sizes=model.hidden_sizes,
@@ -69,10 +78,29 @@ def build_hedger(name: str, config: Config) -> Hedger:
     )
 
 
-def build_policy(name: str, config: Config) -> Policy:
-    """The policy of any method, trained or not."""
+def make_contract(config: Config) -> Contract:
+    """The contract record of a configuration."""
+    return Contract(
+        CLAIMS[config.contract.kind],
+        cost_model=COST_MODELS[config.cost.kind],
+        liquidate=config.cost.liquidate,
+        charge_half_spread=config.cost.charge == "half_spread",
+    )
+
+
+def build_policy(name: str, config: Config, market_settings: Settings) -> Policy:
+    """The policy of any method, trained or not.
+
+    Args:
+      market_settings: of the market that is hedged in, for `optimal`.
+    """
     make_rule = METHODS[name].make_rule
-    return make_rule(config.contract.kind) if make_rule else policy_of(build_hedger(name, config))
+    if make_rule is None:
+        return policy_of(build_hedger(name, config))
+    rules, optimum = config.rules, None
+    if name == "optimal":
+        optimum = solve_contract(make_contract(config), market_settings, n_steps=config.market.n_steps)
+    return make_rule(RuleOptions(config.contract.kind, rules.rebalance_every, rules.half_width, optimum))
 
 
 def build_update(name: str, config: Config) -> Update:
@@ -141,9 +169,12 @@ def train_method(
     key_train: PRNGKeyArray,
     key_validation: PRNGKeyArray,
     folder: Path,
+    judge: Callable[[Measurement], dict[str, Any]] = lambda measurement: {},
 ) -> TrainedMethod:
     """Trains a method to `training.epochs`, going on from its last checkpoint in `folder` if there is one.
 
+    Args:
+      judge: adds to the measurements of `evaluation.epochs`, as the regret to the optimum.
     Raises: FloatingPointError naming method and epoch if its validation risk or parameters stop being
       finite.
     """
@@ -202,7 +233,9 @@ def train_method(
                 evaluate(state.params, source.test, source.test_settings), source.test_settings
             )
             stderrs = standard_errors(measurement.influences, source.test_groups)
-            log["history"].append({"epoch": epoch, **as_report(measurement.values, stderrs)})
+            spent = {name: log[name] for name in ("train_seconds", "gradient_evaluations")}
+            metrics = as_report(measurement.values, stderrs)
+            log["history"].append({"epoch": epoch, **spent, **metrics, **judge(measurement)})
         if epoch % training.checkpoint_every == 0 or epoch == training.epochs:
             checkpoints.save(epoch, _Saved(state, best_params), log)
         advance(note=f"risk {curve['risk'][-1]:.5f}")

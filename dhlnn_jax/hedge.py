@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhlnn_jax import black_scholes
-from dhlnn_jax.features import log_moneyness, max_log_moneyness, time_to_maturity
+from dhlnn_jax.features import cost_rate, log_moneyness, max_log_moneyness, time_to_maturity
 from dhlnn_jax.market import MarketPath, path_volatility
 from dhlnn_jax.settings import Settings
 
@@ -94,22 +94,51 @@ def delta_hedge(path: MarketPath, settings: Settings) -> Array:
     return european_call_delta(path, settings)
 
 
-def whalley_wilmott_band(
-    path: MarketPath, settings: Settings, *, delta: Rule = european_call_delta
-) -> tuple[Array, Array]:
-    """Edges delta -+ half-width of the Whalley-Wilmott band for a European claim.
+def leland_hedge(path: MarketPath, settings: Settings, *, delta: Rule = european_call_delta) -> Array:
+    """The delta at Leland's volatility, sigma^2 (1 + sqrt(8 / pi) c / (sigma sqrt(dt))), at every step.
 
-    The same half-width serves calls and puts: their gammas agree.
+    For the seller of a convex claim; c is the cost of one trade (Leland's k is that of a round trip, 2 c).
+
+    Source: Leland (1985), Eq. (10).
     """
-    half_width = black_scholes.whalley_wilmott_half_width(
+    believed = path_volatility(path, settings)
+    trading = jnp.sqrt(8.0 / jnp.pi) * cost_rate(path, settings) / jnp.sqrt(settings.dt)
+    return delta(path._replace(variance=believed * (believed + trading)), settings)
+
+
+def periodic_delta_hedge(
+    path: MarketPath, settings: Settings, *, every: int, delta: Rule = european_call_delta
+) -> Array:
+    """The delta of every `every`-th step, held in between."""
+    step = jnp.arange(path.spot.shape[0])
+    return delta(path, settings)[step - step % every]
+
+
+def fixed_band(
+    path: MarketPath, settings: Settings, *, half_width: float, delta: Rule = european_call_delta
+) -> tuple[Array, Array]:
+    """Edges delta -+ a constant half-width, units of the underlying."""
+    centre = delta(path, settings)
+    return centre - half_width, centre + half_width
+
+
+def whalley_wilmott_half_width(path: MarketPath, settings: Settings) -> Array:
+    """Half-width of the Whalley-Wilmott band of the European call (and put: same gamma), at each t."""
+    return black_scholes.whalley_wilmott_half_width(
         log_moneyness(path, settings),
         time_to_maturity(path, settings),
         path_volatility(path, settings),
-        cost_rate=settings.cost_rate if path.half_spread is None else path.half_spread,
+        cost_rate=cost_rate(path, settings),
         risk_aversion=settings.risk_aversion,
         strike=settings.strike,
     )
-    centre = delta(path, settings)
+
+
+def whalley_wilmott_band(
+    path: MarketPath, settings: Settings, *, delta: Rule = european_call_delta
+) -> tuple[Array, Array]:
+    """Edges delta -+ half-width of the Whalley-Wilmott band for a European claim."""
+    half_width, centre = whalley_wilmott_half_width(path, settings), delta(path, settings)
     return centre - half_width, centre + half_width
 
 

@@ -13,7 +13,7 @@ class Perceptron(nn.Module):
     Attributes:
       hidden_sizes: width of each hidden layer.
       n_outputs: width of the output.
-      output_scale: factor on the initial output weights; below 1 the outputs start near zero.
+      output_scale: factor on the initial output weights; below 1 the outputs start near zero, with 0 at it.
     """
 
     hidden_sizes: Sequence[int]
@@ -24,7 +24,9 @@ class Perceptron(nn.Module):
     def __call__(self, x: Float[Array, "*batch n_features"]) -> Float[Array, "*batch n_outputs"]:
         for size in self.hidden_sizes:
             x = nn.relu(nn.Dense(size)(x))
-        scaled = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "truncated_normal")
+        scaled = nn.initializers.zeros
+        if self.output_scale:
+            scaled = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "truncated_normal")
         return nn.Dense(self.n_outputs, kernel_init=scaled)(x)
 
 

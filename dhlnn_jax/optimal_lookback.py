@@ -6,7 +6,7 @@ owed for certain taken out, L = lambda (m - K) + R, one step from m and p <= m i
   G(p, m, delta) = log E exp(lambda (m' - m) + R'(P', m', delta) - lambda delta (P' - p)),  m' = max(m, P').
 
 At a given drawdown p/m, R depends on m only as on the scale of lambda, so that a few m suffice; the drawdown
-is resolved like the spot of a European claim. Everything else is the recursion of `optimal`.
+is resolved like the spot of a European claim. Everything else is the recursion of `bellman`.
 """
 
 from typing import NamedTuple, SupportsFloat
@@ -16,9 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.interpolate import CubicSpline
 
-from dhlnn_jax.errors import UsageError
-from dhlnn_jax.market import MarketPath
-from dhlnn_jax.optimal import (
+from dhlnn_jax.bellman import (
     CUT,
     Solved,
     backward,
@@ -33,6 +31,8 @@ from dhlnn_jax.optimal import (
     rounding,
     tail_notes,
 )
+from dhlnn_jax.errors import UsageError
+from dhlnn_jax.market import MarketPath
 from dhlnn_jax.settings import Settings
 
 _SPOTS = 12  # log drawdowns per standard deviation of one step: the kink at P' = m needs more than `optimal`

@@ -5,8 +5,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[..., None]]:
+def progress_bar(description: str, total: int | None) -> Iterator[Callable[..., None]]:
     """Context that yields `advance(steps=1, note="")`; drawn only where stderr is a terminal.
+
+    Args:
+      total: steps; None draws that it is busy, where steps are not known.
 
     Example:
       with progress_bar("reading order books", total=4) as advance:

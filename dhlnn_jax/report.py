@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 
 from dhlnn_jax.config import Config
 from dhlnn_jax.methods import METHODS
+from dhlnn_jax.payoff import CLAIMS
 from dhlnn_jax.results import Results
 
 # Okabe and Ito's colours, distinguishable with any colour vision; line styles differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+_OPTIMUM = {"color": "0.45", "linestyle": "-"}
 
 _COLUMNS = {
     "entropic_risk_measure": "entropic risk",
@@ -27,6 +29,7 @@ _COLUMNS = {
     "pnl_std": "st. dev. of PnL",
     "trading_cost_mean": "mean cost",
     "turnover_mean": "turnover (units)",
+    "trade_frequency_mean": "trades at",
 }
 
 
@@ -62,6 +65,19 @@ def _cell(metric: str, report: dict[str, Any]) -> str:
     return f"{number['value']:.6f} ± {error}"
 
 
+def _regret_cells(report: dict[str, Any]) -> tuple[str, str]:
+    """Regret in money, and in percent of the optimum."""
+    number = report["regret"]
+    if tail_not_estimable(report):
+        return "not estimable", "–"
+    if number["value"] is None or number["stderr"] is None:
+        return "not finite", "–"
+    money = f"{number['value']:.6f} ± {_two_digits(number['stderr'])}"
+    if number["percent"] is None:
+        return money, "–"
+    return money, f"{number['percent']:.2f} ± {number['percent_stderr']:.2g}"
+
+
 def _two_digits(error: float) -> str:
     return f"{error:.6f}" if error >= 1e-5 or error == 0 else f"{error:.1e}"
 
@@ -72,28 +88,40 @@ def print_report(results: Results) -> None:
     from rich.table import Table
 
     # A pipe has no width: give the table what it needs instead of folding it at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 260)
     reports = results.metrics["methods"]
     metric = objective_metric(results.config)
+    optimum = results.metrics.get("optimum")
 
     table = Table(title=_title(results), title_justify="left")
     table.add_column("method", no_wrap=True)
     for name, heading in _COLUMNS.items():
         table.add_column(heading + (" ◂" if name == metric else ""), justify="right")
+        if name == "entropic_risk_measure" and optimum is not None:
+            table.add_column("regret", justify="right")
+            table.add_column("regret, %", justify="right")
     table.add_column("ESS", justify="right")
     table.add_column("train s", justify="right")
     for name, report in reports.items():
         ess = report["effective_sample_size"]
+        cells = [_cell(column, report) for column in _COLUMNS]
+        if optimum is not None:
+            cells[1:1] = _regret_cells(report)
         table.add_row(
             label_of(name),
-            *(_cell(column, report) for column in _COLUMNS),
+            *cells,
             "–" if ess is None else f"{ess:.0f}",
             f"{report['train_seconds']:.1f}" if report["paths_simulated"] else "–",
         )
     console.print(table)
+    if optimum is not None:
+        print(
+            f"exact optimum of the entropic risk: {optimum['value']:.7f} (numerical error "
+            f"{optimum['error']:.1e}); regret is to its policy on the same paths\n"
+        )
 
     best = min(
-        (n for n in reports if reports[n]["final"][metric]["value"] is not None),
+        (n for n in reports if reports[n]["final"][metric]["value"] is not None and n != "optimal"),
         key=lambda n: reports[n]["final"][metric]["value"],
         default=None,
     )
@@ -104,7 +132,7 @@ def print_report(results: Results) -> None:
         against.add_column("method", no_wrap=True)
         against.add_column("difference ± standard error", justify="right")
         for name in reports:
-            if name == best:
+            if name in (best, "optimal"):
                 continue
             if metric == "entropic_risk_measure" and any(
                 tail_not_estimable(reports[n]) for n in (name, best)
@@ -153,6 +181,7 @@ def write_figures(results: Results) -> list[Path]:
         "pnl_histogram.png": pnl_histogram(results),
         "risk_by_epoch.png": risk_by_epoch(results),
         "sample_path.png": sample_path(results),
+        "bands.png": bands(results),
     }
     written = []
     for name, figure in figures.items():
@@ -166,15 +195,16 @@ def write_figures(results: Results) -> list[Path]:
 
 def _styles(results: Results) -> dict[str, dict[str, Any]]:
     """Colour, line and label of each method, the same in every figure of every run."""
-    order = list(METHODS)
-    return {
-        name: {
-            "color": _COLOURS[order.index(name) % len(_COLOURS)],
-            "linestyle": _LINES[order.index(name) % len(_LINES)],
-            "label": label_of(name),
+    order = [name for name in METHODS if name != "optimal"]
+    styles = {}
+    for name in results.metrics["methods"]:
+        i = order.index(name) if name != "optimal" else 0
+        style = {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "linestyle": _LINES[(i + i // len(_COLOURS)) % len(_LINES)],
         }
-        for name in results.metrics["methods"]
-    }
+        styles[name] = {**(_OPTIMUM if name == "optimal" else style), "label": label_of(name)}
+    return styles
 
 
 def pnl_histogram(results: Results) -> Figure:
@@ -267,6 +297,54 @@ _OBJECTIVE_LABELS = {
     "expected_shortfall": "expected shortfall",
     "quadratic": "mean-variance risk",
 }
+
+
+_DRAWN_RULES = ("whalley_wilmott", "fixed_band")
+
+
+def bands(results: Results) -> Figure | None:
+    """Bands over spot at some times to maturity: trained hedgers', band rules' and the exact one."""
+    arrays, config = results.bands, results.config
+    drawn = {
+        name: style
+        for name, style in _styles(results).items()
+        if name in _DRAWN_RULES or METHODS[name].trained
+    }
+    if not arrays or not drawn:
+        return None
+    left = config.market.n_steps - arrays["decision"]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, sharey=True, layout="constrained")
+    for axis, row, steps_left in zip(axes.flat, range(len(left)), left, strict=False):
+        if "optimal/band_lower" in arrays:
+            lower, upper = arrays["optimal/band_lower"][row], arrays["optimal/band_upper"][row]
+            axis.fill_between(arrays["spot"], lower, upper, color="0.8", label="exact optimum")
+        for name, style in drawn.items():
+            for edge in ("lower", "upper"):
+                values = arrays[f"{name}/band_{edge}"][row]
+                label = style["label"] if not METHODS[name].recurrent else f"{style['label']} (effective)"
+                axis.plot(
+                    arrays["spot"],
+                    values,
+                    linewidth=1.4,
+                    **{**style, "label": label if edge == "lower" else None},
+                )
+        axis.set_title(f"{steps_left} step{'s' if steps_left > 1 else ''} to maturity", fontsize=10)
+        axis.grid(alpha=0.3)
+    deltas = (-1.3, 0.3) if config.contract.kind == "european_put" else (-0.3, 1.3)
+    axes[0, 0].set_ylim(*(deltas if CLAIMS[config.contract.kind].terminal else (-0.3, 2.3)))
+    for axis in axes[1]:
+        axis.set_xlabel("spot (money)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("hedge ratio (units of the underlying)")
+    axes[0, 0].legend(fontsize=8)
+    lookback = (
+        "" if CLAIMS[config.contract.kind].terminal else f", maximum max(spot, {config.market.spot0:g})"
+    )
+    for axis in axes.flat[len(left) :]:
+        axis.set_visible(False)
+    effective = "; effective: trades less than 0.01" if any(METHODS[n].recurrent for n in drawn) else ""
+    figure.suptitle(f"no trade between the edges{effective}{lookback}", fontsize=10)
+    return figure
 
 
 def sample_path(results: Results) -> Figure:

@@ -4,6 +4,7 @@ config.toml       the resolved configuration
 metrics.json      every number of the table, its standard error, counts and seconds
 pnl.npz           per test path: payoff, final_spot, group_id, and <method>/{trading_gain,trading_cost,pnl}
 sample_path.npz   the first test path: spot, time, and <method>/{hedge_ratio,band_lower,band_upper}
+bands.npz         simulated markets: spot, decision, and <method>/{band_lower,band_upper} over them
 params/<method>/  parameters of the best and of the last epoch (orbax)
 meta.json         device, versions, commit, seconds, notes
 *.png             figures, drawn from the files above by `report`
@@ -16,6 +17,7 @@ import subprocess
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +30,17 @@ from dhlnn_jax.config import Config, make_config
 from dhlnn_jax.errors import UsageError
 
 # All that a run and its report write; overwriting would delete anything else with them.
-_OURS = ("config.toml", "metrics.json", "meta.json", "pnl.npz", "sample_path.npz", "params", "checkpoints")
+_OURS = (
+    "config.toml",
+    "metrics.json",
+    "meta.json",
+    "pnl.npz",
+    "sample_path.npz",
+    "bands.npz",
+    "params",
+    "checkpoints",
+)
+_ARRAYS = ("pnl", "sample_path", "bands")
 _OURS_SUFFIXES = (".png", ".partial")
 
 
@@ -38,7 +50,8 @@ class Results:
 
     Attributes:
       config: the resolved configuration. metrics: contents of metrics.json. meta: contents of meta.json.
-      pnl: contents of pnl.npz. sample_path: contents of sample_path.npz. folder: where they lie.
+      pnl: contents of pnl.npz. sample_path: contents of sample_path.npz. bands: contents of bands.npz.
+      folder: where they lie.
     """
 
     config: Config
@@ -46,6 +59,7 @@ class Results:
     meta: dict[str, Any]
     pnl: dict[str, np.ndarray]
     sample_path: dict[str, np.ndarray]
+    bands: dict[str, np.ndarray]
     folder: Path
 
 
@@ -99,11 +113,8 @@ def open_folder(folder: Path, config: Config, *, overwrite: bool, resume: bool) 
 def write_results(results: Results) -> None:
     """Writes everything but parameters and figures; metrics.json comes last and marks the run as finished."""
     folder = results.folder
-    _write(folder / "pnl.npz", lambda file: np.savez_compressed(file, **results.pnl))  # type: ignore[arg-type]
-    _write(
-        folder / "sample_path.npz",
-        lambda file: np.savez_compressed(file, **results.sample_path),  # type: ignore[arg-type]
-    )
+    for name in _ARRAYS:
+        _write(folder / f"{name}.npz", partial(np.savez_compressed, **getattr(results, name)))
     write_json(folder / "meta.json", results.meta)
     write_json(folder / "metrics.json", results.metrics)
 
@@ -114,11 +125,11 @@ def read_results(folder: str | Path) -> Results:
     Raises: UsageError if there is no finished run in the folder.
     """
     folder = Path(folder)
-    for name in ("config.toml", "metrics.json", "meta.json", "pnl.npz", "sample_path.npz"):
+    for name in ("config.toml", "metrics.json", "meta.json", *(f"{name}.npz" for name in _ARRAYS)):
         if not (folder / name).exists():
             raise UsageError(f"{str(folder)!r} holds no finished run: {name} is missing")
     arrays = {}
-    for name in ("pnl", "sample_path"):
+    for name in _ARRAYS:
         with np.load(folder / f"{name}.npz", allow_pickle=False) as file:
             arrays[name] = dict(file)
     return Results(
@@ -127,6 +138,7 @@ def read_results(folder: str | Path) -> Results:
         meta=json.loads((folder / "meta.json").read_text()),
         pnl=arrays["pnl"],
         sample_path=arrays["sample_path"],
+        bands=arrays["bands"],
         folder=folder,
     )
 

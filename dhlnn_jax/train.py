@@ -77,13 +77,13 @@ def make_train_step(
 
     def step(state: TrainState, key: PRNGKeyArray, settings: Settings) -> tuple[TrainState, TrainInfo]:
         paths, _ = sample(key, n_paths, settings)
-        features, centre = batched_inputs(hedger, paths, settings)
+        features, anchor = batched_inputs(hedger, paths, settings)
 
         def raw_outputs(params: Params) -> Array:
-            return jax.vmap(hedger.outputs, (None, 0, 0))(params, features, centre)
+            return jax.vmap(hedger.outputs, (None, 0, 0))(params, features, anchor)
 
         def positions(raw: Array) -> Array:
-            return jax.vmap(hedger.position)(raw, centre)
+            return jax.vmap(hedger.position)(raw, anchor)
 
         def pnl_of(contract: Contract, hedge_ratio: Array) -> Array:
             return jax.vmap(lambda path, h: contract_pnl(contract, path, h, settings))(paths, hedge_ratio)

@@ -12,8 +12,7 @@ from dhlnn_jax.checkpoint import load_tree
 from dhlnn_jax.config import Config
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.evaluate import HedgedPaths, hedged_paths
-from dhlnn_jax.experiment import make_contract
-from dhlnn_jax.fitting import build_hedger, build_policy
+from dhlnn_jax.fitting import build_hedger, build_policy, make_contract
 from dhlnn_jax.hedger import Policy
 from dhlnn_jax.market import MarketPath
 from dhlnn_jax.methods import METHODS
@@ -34,7 +33,7 @@ class TrainedHedger(NamedTuple):
 
     Prices may be in any unit: the contract is scaled so that `market.spot0` is the first price of each path
     (a strike of 1 with spot0 = 1 is at the money of that day). Hedge ratios have no unit; money comes back in
-    the unit of the prices.
+    the unit of the prices. The method "optimal" was solved for the run's market and sees no other volatility.
     """
 
     config: Config
@@ -88,7 +87,9 @@ class TrainedHedger(NamedTuple):
             self._settings(volatility),
         )
         unit = jnp.asarray(rows[:, 0] / self.config.market.spot0, float)
-        scaled = jax.tree.map(lambda x: x * unit, money)._replace(turnover=money.turnover)
+        scaled = jax.tree.map(lambda x: x * unit, money)._replace(
+            turnover=money.turnover, trade_frequency=money.trade_frequency
+        )
         return jax.tree.map(lambda x: x.reshape(prices.shape[:-1]), scaled)
 
     def _scaled(self, rows: np.ndarray) -> Array:
@@ -115,9 +116,11 @@ def load(results_folder: str | Path, method: str) -> TrainedHedger:
         hedger = build_hedger(method, config)
         folder = Path(results_folder) / "params" / method / config.evaluation.parameters
         params = load_tree(folder, jax.eval_shape(hedger.init, jax.random.key(0)))
-    numbers = results.meta["settings"]
-    settings = make_settings(n_steps=config.market.n_steps, **numbers)
-    return TrainedHedger(config, build_policy(method, config), params, settings)
+    settings, market_settings = (
+        make_settings(n_steps=config.market.n_steps, **results.meta[name])
+        for name in ("settings", "market_settings")
+    )
+    return TrainedHedger(config, build_policy(method, config, market_settings), params, settings)
 
 
 def _checked_prices(spot: ArrayLike, *, least: int, most: int) -> np.ndarray:

@@ -13,8 +13,11 @@ from dhlnn_jax.config import load_config
 from dhlnn_jax.experiment import run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-METHODS = ("dhlnn", "dhntb", "dhmlp", "whalley_wilmott", "bsdh", "no_hedge")
-TRAINED = METHODS[:3]
+METHODS = (
+    *("optimal", "dhlnn", "dhntb", "dhmlp", "whalley_wilmott", "bsdh"),
+    *("leland", "fixed_band", "periodic_delta", "no_hedge"),
+)  # in the order of configs/smoke.toml
+TRAINED = METHODS[1:4]
 METRICS = {
     "entropic_risk_measure",
     "expected_shortfall",
@@ -23,6 +26,7 @@ METRICS = {
     "pnl_std",
     "trading_cost_mean",
     "turnover_mean",
+    "trade_frequency_mean",
 }
 
 

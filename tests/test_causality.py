@@ -160,8 +160,10 @@ def test_prices_after_t_change_no_hedge_ratio_up_to_t(ratios_of, source, tmp_pat
             if name == "no_hedge":
                 assert np.all(now == 0)
                 continue
+            if (name == "periodic_delta" and after >= 5) or (name == "optimal" and after == 8):
+                continue  # the one last traded at 5, the other's band is too wide to trade at the last step
             # the change is seen, and at once by those without a band to stay in
-            seen = moved[:, 0] if name in ("bsdh", "dhmlp") else moved
+            seen = moved[:, 0] if name in ("bsdh", "leland", "dhmlp") else moved
             assert seen.max() > 1e-4, (name, after)
 
 
@@ -172,7 +174,9 @@ def test_price_at_t_changes_the_hedge_at_t_for_all_but_no_hedge(ratios_of):
         held = [ratios_of(MarketPath(paths.spot.at[:, t].mul(factor)), settings) for factor in (0.9, 1.1)]
         for name in METHODS:
             moved = [np.abs(np.asarray(h[name])[:, t] - np.asarray(base[name])[:, t]).max() for h in held]
-            assert (max(moved) > 1e-2) == (name != "no_hedge"), (name, t)
+            rests = name == "no_hedge" or (name == "periodic_delta" and t % 5 != 0)
+            rests |= name == "optimal" and t == 9  # nothing is worth its cost at the last step
+            assert (max(moved) > 1e-2) != rests, (name, t)
 
 
 def test_last_price_reaches_no_hedger(ratios_of):

@@ -224,7 +224,11 @@ BAD_ARGUMENTS = [
     (["--model.features="], ["model.features must name at least one"]),
     # values that do not go together
     (["--model.features", MAX], [MAX, "'european_call' does not depend on the maximum"]),
-    (["--contract.kind", "lookback_call"], ["method 'bsdh'", "european_call, european_put", "lookback_call"]),
+    (["--methods", "leland", "--contract.kind", "lookback_call"], ["method 'leland'", "european_put"]),
+    (["--methods", "optimal", "--cost.kind", "squared_difference"], ["'optimal'", "'proportional'"]),
+    (["--methods", "optimal", "--risk.kind", "expected_shortfall"], ["'optimal'", "'entropic'"]),
+    (["--methods", "optimal", "--market.kind", "history"], ["'optimal'", "'gbm'", "'history'"]),
+    (["--methods", "optimal", "--evaluation.optimum", "false"], ["'optimal'", "evaluation.optimum"]),
     (
         ["--methods", "whalley_wilmott", "--contract.kind", "lookback_call"],
         ["method 'whalley_wilmott' is a closed form for"],

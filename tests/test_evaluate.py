@@ -33,6 +33,7 @@ METRICS = (
     "pnl_std",
     "trading_cost_mean",
     "turnover_mean",
+    "trade_frequency_mean",
 )
 
 
@@ -80,7 +81,7 @@ def test_batch_size_does_not_matter(batch_size):
 def columns(n=600):
     rng = np.random.default_rng(3)
     pnl, cost, turnover = (jnp.asarray(rng.normal(m, 0.02, n), jnp.float32) for m in (-0.02, 0.1, 0.7))
-    return HedgedPaths(jnp.zeros(n), jnp.zeros(n), cost, pnl, turnover)
+    return HedgedPaths(jnp.zeros(n), jnp.zeros(n), cost, pnl, turnover, 0.5 * turnover)
 
 
 def test_measure_agrees_with_numpy_on_each_metric():
@@ -96,6 +97,7 @@ def test_measure_agrees_with_numpy_on_each_metric():
         "pnl_std": pnl.std(),
         "trading_cost_mean": np.asarray(money.trading_cost, float).mean(),
         "turnover_mean": np.asarray(money.turnover, float).mean(),
+        "trade_frequency_mean": 0.5 * np.asarray(money.turnover, float).mean(),
     }
     measured = measure(money, SETTINGS)
     assert set(measured.values) == set(METRICS) == set(wanted)
@@ -147,4 +149,4 @@ def test_unhedged_values_of_a_coin():
     assert values["pnl_std"] == pytest.approx(np.sqrt(0.75 * 0.25))
     assert values["expected_shortfall"] == pytest.approx(0.5)  # the worst quarter loses 1 - 0.5
     assert values["entropic_risk_measure"] == pytest.approx(np.log(0.75 + 0.25 * np.exp(2.0)) / 2.0 - 0.5)
-    assert values["trading_cost_mean"] == values["turnover_mean"] == 0.0
+    assert values["trading_cost_mean"] == values["turnover_mean"] == values["trade_frequency_mean"] == 0.0

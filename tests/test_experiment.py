@@ -29,7 +29,8 @@ def smoke(base):
 
 def without_seconds(report):
     """A method's report without what a clock decided."""
-    return {key: value for key, value in report.items() if not key.endswith("_seconds")}
+    kept = {key: value for key, value in report.items() if not key.endswith("_seconds")}
+    return kept | {"history": [without_seconds(entry) for entry in kept.get("history", [])]}
 
 
 # --- metrics.json -------------------------------------------------------------------------------------
@@ -39,13 +40,13 @@ def test_metrics_have_the_schema_of_the_issue(smoke):
     text = (smoke.folder / "metrics.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
     metrics = json.loads(text)
-    assert set(metrics) == {"schema", "seed", "device", "methods", "paired"}
+    assert set(metrics) == {"schema", "seed", "device", "methods", "paired", "optimum"}
     assert (metrics["schema"], metrics["seed"]) == (1, 0)
     assert metrics["device"] == jax.devices()[0].device_kind
     assert tuple(metrics["methods"]) == METHODS
     for name, row in metrics["methods"].items():
         wanted = {"final", "history", "effective_sample_size", "train_seconds", "compile_seconds"}
-        wanted |= {"paths_simulated", "gradient_evaluations", "estimator"}
+        wanted |= {"paths_simulated", "gradient_evaluations", "estimator", "regret"}
         assert set(row) == wanted | ({"training", "best_epoch"} if name in TRAINED else set())
         assert set(row["final"]) == METRICS
         for number in row["final"].values():
@@ -63,7 +64,7 @@ def test_counts_are_those_of_the_algorithms(smoke):
         assert rows[name]["paths_simulated"] == (8 * 256 if name in TRAINED else 0)
         assert (rows[name]["train_seconds"] > 0) == (rows[name]["compile_seconds"] > 0) == (name in TRAINED)
     # one gradient an epoch, and n_inner of them in nested training
-    assert [rows[name]["gradient_evaluations"] for name in METHODS] == [8 * 3, 8, 8, 0, 0, 0]
+    assert [rows[name]["gradient_evaluations"] for name in METHODS] == [0, 8 * 3, 8, 8, 0, 0, 0, 0, 0, 0]
 
 
 def test_history_holds_the_asked_epochs_and_ends_in_the_final_row(smoke):
@@ -71,7 +72,7 @@ def test_history_holds_the_asked_epochs_and_ends_in_the_final_row(smoke):
         row = smoke.metrics["methods"][name]
         assert [entry["epoch"] for entry in row["history"]] == ([4, 8] if name in TRAINED else [])
         for entry in row["history"]:
-            assert set(entry) == {"epoch"} | METRICS
+            assert set(entry) == {"epoch", "train_seconds", "gradient_evaluations", "regret"} | METRICS
             assert entry["pnl_mean"]["stderr"] > 0
         if name in TRAINED:
             curve = row["training"]
@@ -141,8 +142,11 @@ def test_row_without_a_hedge_is_exact(smoke):
 
 def test_row_without_a_hedge_is_always_added(base):
     results = small_run(base, "alone", "--methods", "bsdh")
-    assert list(results.metrics["methods"]) == ["bsdh", "no_hedge"]
-    assert set(results.metrics["paired"]) == {"bsdh-no_hedge"}
+    assert list(results.metrics["methods"]) == ["optimal", "bsdh", "no_hedge"]
+    assert set(results.metrics["paired"]) == {"optimal-bsdh", "optimal-no_hedge", "bsdh-no_hedge"}
+    alone = small_run(base, "no_optimum", "--methods", "bsdh", "--evaluation.optimum", "false")
+    assert list(alone.metrics["methods"]) == ["bsdh", "no_hedge"]
+    assert "optimum" not in alone.metrics and "regret" not in alone.metrics["methods"]["bsdh"]
     assert "no_hedge/pnl" in results.pnl
 
 
@@ -177,8 +181,11 @@ def test_exact_row_adds_no_error_where_simulation_cannot_carry_it(base, order):
 
 def test_folder_holds_what_was_promised(smoke):
     files = {path.name for path in smoke.folder.iterdir()}
-    pictures = {"pnl_histogram.png", "risk_by_epoch.png", "sample_path.png"}
-    assert files >= {"config.toml", "metrics.json", "meta.json", "pnl.npz", "sample_path.npz"} | pictures
+    pictures = {"bands.png", "pnl_histogram.png", "risk_by_epoch.png", "sample_path.png"}
+    assert (
+        files
+        >= {"config.toml", "metrics.json", "meta.json", "pnl.npz", "sample_path.npz", "bands.npz"} | pictures
+    )
     assert {path.name for path in (smoke.folder / "params").iterdir()} == set(TRAINED)
     for name in TRAINED:
         assert {path.name for path in (smoke.folder / "params" / name).iterdir()} == {"best", "last"}
@@ -202,7 +209,7 @@ def test_sample_path_is_the_first_test_path(smoke):
         assert held.shape == (10,)
         assert gain == pytest.approx(smoke.pnl[f"{name}/trading_gain"][0], abs=1e-6)
     banded = {key.split("/")[0] for key in arrays.files if key.endswith("band_lower")}
-    assert banded == {"dhlnn", "dhntb", "whalley_wilmott"}
+    assert banded == {"optimal", "dhlnn", "dhntb", "whalley_wilmott", "fixed_band"}
     inside = arrays["dhlnn/hedge_ratio"]
     lower, upper = arrays["dhlnn/band_lower"], arrays["dhlnn/band_upper"]
     assert np.all((inside >= lower - 1e-6) & (inside <= upper + 1e-6) | (lower > upper))
@@ -338,7 +345,9 @@ def test_note_where_there_is_no_liability(base):
 
 def test_note_where_nothing_beats_not_trading_and_the_tail_does_not_matter(base):
     notes = notes_of(base, "no_trade", "--risk.risk_aversion", "1")
-    assert any("no method beats no hedge" in n and "not trading is the best" in n for n in notes)
+    assert any("the exact optimum is not to trade" in n and "not who hedges well" in n for n in notes)
+    unknown = notes_of(base, "unknown", "--risk.risk_aversion", "1", "--evaluation.optimum", "false")
+    assert any("no method beats no hedge" in n and "not trading is the best" in n for n in unknown)
     assert any("= 0.0331 lies outside 0.1 to 5: risk aversion hardly matters" in note for note in notes)
 
 
@@ -353,7 +362,7 @@ def test_note_on_a_dead_band(smoke):
     source = make_source(smoke.config, jax.random.key(0))
     assert experiment._notes(smoke.config, source, smoke.metrics, None) == []
     (note,) = experiment._notes(smoke.config, source, metrics, None)
-    assert note.startswith("dhntb does not trade although dhlnn gains by it: a dead band")
+    assert note.startswith("dhntb does not trade although optimal gains by it: a dead band")
 
 
 def test_hedgers_are_tested_under_another_volatility(base, smoke):

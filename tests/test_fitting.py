@@ -10,9 +10,11 @@ from runs import CONFIGS, METRICS, small_run
 from dhlnn_jax.config import load_config, make_config
 from dhlnn_jax.fitting import build_hedger, build_policy, build_update
 from dhlnn_jax.hedge import DELTAS
+from dhlnn_jax.hedger import Anchor
 from dhlnn_jax.market import MarketPath
 from dhlnn_jax.nested import Problem
 from dhlnn_jax.settings import make_settings
+from dhlnn_jax.source import settings_of
 from dhlnn_jax.train import OBJECTIVES
 
 PATH = MarketPath(jnp.array([1.0, 1.02, 0.97]))  # as a hedger sees it
@@ -41,7 +43,7 @@ def config(**sections):
 )
 def test_hedger_is_built_around_the_asked_delta(contract, model, centre, strike):
     hedger = build_hedger("dhntb", config(contract={"kind": contract}, model=model))
-    features, found = jax.jit(hedger.inputs)(PATH, SETTINGS)
+    features, (found, _) = jax.jit(hedger.inputs)(PATH, SETTINGS)
     wanted = jax.jit(DELTAS[centre])(PATH, SETTINGS._replace(strike=jnp.asarray(strike)))
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     np.testing.assert_allclose(features[:, 0], np.log(PATH.spot), atol=1e-7)  # of the contract's strike
@@ -49,15 +51,17 @@ def test_hedger_is_built_around_the_asked_delta(contract, model, centre, strike)
 
 def test_form_of_the_plain_network_is_the_asked_one():
     raw, centre = jnp.array([2.0, -0.5]), jnp.array([0.3, 0.4])
+    anchor = Anchor(centre, jnp.zeros(2))
     direct = build_hedger("dhmlp", config(model={"form": "direct"}))
     around = build_hedger("dhmlp", config())
-    np.testing.assert_allclose(direct.position(raw, centre), raw)
-    np.testing.assert_allclose(around.position(raw, centre), centre + jnp.tanh(raw))
+    np.testing.assert_allclose(direct.position(raw, anchor), raw)
+    np.testing.assert_allclose(around.position(raw, anchor), centre + jnp.tanh(raw))
 
 
 def test_policies_of_rules_take_no_parameters():
     whole = MarketPath(jnp.append(PATH.spot, 0.9))
-    held = build_policy("bsdh", config(contract={"kind": "european_put"})).hedge_ratio(None, whole, SETTINGS)
+    policy = build_policy("bsdh", config(contract={"kind": "european_put"}), SETTINGS)
+    held = policy.hedge_ratio(None, whole, SETTINGS)
     np.testing.assert_allclose(held, DELTAS["european_put"](PATH, SETTINGS), rtol=1e-6)
 
 
@@ -159,5 +163,5 @@ def test_shipped_configs_build_every_method_they_name():
     for file in names:
         loaded = load_config(file, ["--market.path", "x"] if file.stem.startswith("order_book") else [])
         for name in loaded.methods:
-            policy = build_policy(name, loaded)
+            policy = build_policy(name, loaded, settings_of(loaded))
             assert callable(policy.hedge_ratio)

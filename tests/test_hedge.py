@@ -191,6 +191,35 @@ def test_whalley_wilmott_band_of_a_put_and_of_a_quoted_spread(strict_x64):
     np.testing.assert_allclose(width(quoted), 2 * width(call), rtol=1e-12)  # the cube root of 8
 
 
+# --- other rules --------------------------------------------------------------------------------------
+
+
+def test_leland_is_the_delta_at_a_higher_volatility(strict_x64):
+    # sigma^2 (1 + sqrt(8/pi) c / (sigma sqrt(dt))) with sigma 0.2, c 5e-3, dt 0.02
+    adjusted = 0.2 * math.sqrt(1 + math.sqrt(8 / math.pi) * 5e-3 / (0.2 * math.sqrt(0.02)))
+    given = hedge.leland_hedge(observed(), settings(strike=1.05))
+    wanted = hedge.delta_hedge(observed(), settings(strike=1.05, volatility=adjusted))
+    np.testing.assert_allclose(given, wanted, rtol=1e-12)
+    assert np.all(given > hedge.delta_hedge(observed(), settings(strike=1.05)))  # out of the money
+    free = settings(cost_rate=0.0)
+    np.testing.assert_allclose(
+        hedge.leland_hedge(observed(), free), hedge.delta_hedge(observed(), free), rtol=1e-12
+    )
+
+
+def test_periodic_delta_holds_in_between(strict_x64):
+    delta = np.asarray(hedge.delta_hedge(observed(), settings()))
+    for every, at in ((1, [0, 1, 2, 3]), (2, [0, 0, 2, 2]), (3, [0, 0, 0, 3]), (9, [0, 0, 0, 0])):
+        held = hedge.periodic_delta_hedge(observed(), settings(), every=every)
+        np.testing.assert_array_equal(held, delta[at])
+
+
+def test_fixed_band_is_as_wide_everywhere(strict_x64):
+    lower, upper = hedge.fixed_band(observed(), settings(), half_width=0.07, delta=hedge.european_put_delta)
+    np.testing.assert_allclose(upper - lower, 0.14, rtol=1e-12)
+    np.testing.assert_allclose(0.5 * (lower + upper), hedge.european_put_delta(observed(), settings()))
+
+
 # --- the recursion over the previous hedge ratio ------------------------------------------------------
 
 

@@ -37,6 +37,8 @@ RULES = {
     "put_delta": hedge.european_put_delta,
     "lookback_delta": hedge.lookback_call_delta,
     "whalley_wilmott": hedge.whalley_wilmott_hedge,
+    "leland": hedge.leland_hedge,
+    "periodic_delta": functools.partial(hedge.periodic_delta_hedge, every=2),
 }
 
 
@@ -106,12 +108,39 @@ def test_last_point_of_everything_never_reaches_a_hedger(x64):
 
 def test_band_hedger_edges_by_hand():
     made = hedger.make_band_hedger(features=NAMES)
-    raw, centre = jnp.array([[0.1, 0.2], [-0.1, -0.2], [3.0, -500.0]]), jnp.array([0.5, 0.4, 0.9])
-    lower, upper = made.band(raw, centre)  # leaky ReLU of slope 0.01 on both
+    raw = jnp.array([[0.1, 0.2], [-0.1, -0.2], [3.0, -500.0]])
+    anchor = hedger.Anchor(jnp.array([0.5, 0.4, 0.9]), jnp.zeros(3))
+    lower, upper = made.band(raw, anchor)  # leaky ReLU of slope 0.01 on both
     np.testing.assert_allclose(lower, [0.4, 0.401, -2.1], rtol=1e-5)
     np.testing.assert_allclose(upper, [0.7, 0.398, -4.1], rtol=1e-5)
     # buys to 0.4, the second band is crossed and so is the third: midpoints
-    np.testing.assert_allclose(made.position(raw, centre), [0.4, 0.3995, -3.1], rtol=1e-5)
+    np.testing.assert_allclose(made.position(raw, anchor), [0.4, 0.3995, -3.1], rtol=1e-5)
+
+
+def test_prior_starts_training_at_the_whalley_wilmott_band(x64):
+    path = MarketPath(jnp.asarray(SPOT))
+    made = hedger.make_band_hedger(features=NAMES, hidden_sizes=(8,), prior="whalley_wilmott")
+    params = made.init(jax.random.key(1))
+    band = jax.jit(hedger.policy_of(made).band)
+    np.testing.assert_allclose(
+        band(params, path, settings()),
+        hedge.whalley_wilmott_band(observed_path(path), settings()),
+        rtol=1e-12,
+    )
+    # the correction moves either edge out and in
+    moved = jax.tree.map(lambda x: x + 0.05 * (x.shape == (2,)), params)
+    wider, plain = band(moved, path, settings()), band(params, path, settings())
+    np.testing.assert_allclose(wider[1] - plain[1], 0.05, rtol=1e-6)
+    np.testing.assert_allclose(plain[0] - wider[0], 0.05, rtol=1e-6)
+
+
+def test_prior_has_finite_gradients_where_gamma_vanishes():
+    far = MarketPath(jnp.array([1.0, 5.0, 30.0, 1e-3, 1e-6, 1.0]))  # gamma is 0 in float32 at all but two
+    made = hedger.make_band_hedger(features=NAMES, hidden_sizes=(8,), prior="whalley_wilmott")
+    policy, params = hedger.policy_of(made), made.init(jax.random.key(1))
+    gradient = jax.grad(lambda p: jnp.sum(jnp.square(policy.hedge_ratio(p, far, settings()))))(params)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+    assert any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -119,13 +148,13 @@ def test_hedger_shapes_are_flat(name):
     made = TRAINED[name](features=NAMES)
 
     def pieces(key, spot):
-        features, centre = made.inputs(observed_path(MarketPath(spot)), settings())
-        raw = made.outputs(made.init(key), features, centre)
-        edges = () if made.band is None else made.band(raw, centre)
-        return features, centre, raw, made.position(raw, centre), edges
+        features, anchor = made.inputs(observed_path(MarketPath(spot)), settings())
+        raw = made.outputs(made.init(key), features, anchor)
+        edges = () if made.band is None else made.band(raw, anchor)
+        return features, anchor, raw, made.position(raw, anchor), edges
 
-    features, centre, raw, held, edges = jax.eval_shape(pieces, jax.random.key(0), jnp.asarray(SPOT))
-    assert features.shape == (N_STEPS, 3) and centre.shape == (N_STEPS,)
+    features, anchor, raw, held, edges = jax.eval_shape(pieces, jax.random.key(0), jnp.asarray(SPOT))
+    assert features.shape == (N_STEPS, 3) and anchor.centre.shape == anchor.half_width.shape == (N_STEPS,)
     assert raw.shape == ((N_STEPS, 2) if "band" in name else (N_STEPS,))
     assert held.shape == (N_STEPS,)
     assert [edge.shape for edge in edges] == ([(N_STEPS,)] * 2 if "band" in name else [])
@@ -169,9 +198,9 @@ def test_recurrent_hedger_feeds_its_position_back(x64, form):
         for i in (0, 1)
     ]
     path = MarketPath(jnp.asarray(SPOT))
-    features, centre = map(np.asarray, made.inputs(observed_path(path), settings()))
+    features, anchor = made.inputs(observed_path(path), settings())
     previous, expected = 0.0, []
-    for x, around in zip(features, centre, strict=True):
+    for x, around in zip(np.asarray(features), np.asarray(anchor.centre), strict=True):
         hidden = np.maximum(np.append(x, previous) @ weights[0]["kernel"] + weights[0]["bias"], 0)
         raw = (hidden @ weights[1]["kernel"] + weights[1]["bias"])[0]
         previous = around + np.tanh(raw) if form == "delta_plus_tanh" else raw
@@ -184,11 +213,13 @@ def test_recurrent_hedger_feeds_its_position_back(x64, form):
 def test_centre_strike_changes_the_centre_only(x64, make):
     observed, contract = observed_path(MarketPath(jnp.asarray(SPOT))), settings(strike=0.97)
     plain, moved = make(features=NAMES), make(features=NAMES, centre_strike=1.04)
-    features, centre = plain.inputs(observed, contract)
-    moved_features, moved_centre = moved.inputs(observed, contract)
+    features, (centre, _) = plain.inputs(observed, contract)
+    moved_features, (moved_centre, _) = moved.inputs(observed, contract)
     np.testing.assert_array_equal(features, moved_features)
     assert np.all(moved_centre < centre)  # a higher strike has a lower delta
-    np.testing.assert_allclose(moved_centre, plain.inputs(observed, settings(strike=1.04))[1], rtol=1e-12)
+    np.testing.assert_allclose(
+        moved_centre, plain.inputs(observed, settings(strike=1.04))[1].centre, rtol=1e-12
+    )
 
 
 def test_rule_policy_band_and_its_absence(x64):
@@ -213,12 +244,12 @@ def test_hedger_with_zero_outputs_holds_its_centre(x64, name):
 def test_batched_inputs_equal_one_by_one(x64):
     made = TRAINED["band"](features=NAMES)
     paths = MarketPath(jnp.stack([SPOT, OTHER_SPOT]))
-    features, centre = hedger.batched_inputs(made, paths, settings())
+    features, (centre, _) = hedger.batched_inputs(made, paths, settings())
     assert features.shape == (2, N_STEPS, 3) and centre.shape == (2, N_STEPS)
     for i, spot in enumerate((SPOT, OTHER_SPOT)):
         one = made.inputs(MarketPath(jnp.asarray(spot[:-1])), settings())
         np.testing.assert_allclose(features[i], one[0], rtol=1e-12)
-        np.testing.assert_allclose(centre[i], one[1], rtol=1e-12)
+        np.testing.assert_allclose(centre[i], one[1].centre, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", TRAINED)

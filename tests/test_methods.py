@@ -7,16 +7,26 @@ import pytest
 
 from dhlnn_jax.hedge import DELTAS
 from dhlnn_jax.market import MarketPath
-from dhlnn_jax.methods import METHODS
+from dhlnn_jax.methods import METHODS, RuleOptions
+from dhlnn_jax.optimal import solve_contract
 from dhlnn_jax.payoff import CLAIMS
+from dhlnn_jax.pnl import Contract
 from dhlnn_jax.settings import make_settings
 
 N_STEPS = 3
 PATH = MarketPath(jnp.array([1.0, 1.02, 0.97, 1.01]))
 
 
+def rule(name, claim, at):
+    """The policy of a rule; the optimum solved for the settings."""
+    optimum = None
+    if name == "optimal":
+        optimum = solve_contract(Contract(CLAIMS[claim]), at, n_steps=N_STEPS)
+    return METHODS[name].make_rule(RuleOptions(claim, rebalance_every=2, half_width=0.05, optimum=optimum))
+
+
 def ratios_of(name, claim, settings):
-    policy = METHODS[name].make_rule(claim)
+    policy = rule(name, claim, settings)
     return jax.jit(lambda path, at: policy.hedge_ratio(None, path, at))(PATH, settings)
 
 
@@ -29,7 +39,8 @@ def settings(**changes):
 
 
 def test_names_and_labels_are_those_of_the_issue():
-    assert set(METHODS) == {"dhlnn", "dhntb", "dhmlp", "bsdh", "whalley_wilmott", "no_hedge"}
+    of_the_issues = {"dhlnn", "dhntb", "dhmlp", "bsdh", "whalley_wilmott", "no_hedge", "optimal"}
+    assert set(METHODS) == of_the_issues | {"leland", "fixed_band", "periodic_delta"}
     labels = [method.label for method in METHODS.values()]
     assert len(set(labels)) == len(labels) and all(labels)
 
@@ -62,7 +73,7 @@ def test_closed_forms_for_a_put_are_those_of_the_call_less_one():
 
 
 def test_whalley_wilmott_stays_inside_its_band_around_the_delta():
-    policy = METHODS["whalley_wilmott"].make_rule("european_call")
+    policy = rule("whalley_wilmott", "european_call", settings())
     lower, upper = jax.jit(lambda path, at: policy.band(None, path, at))(PATH, settings())
     held = ratios_of("whalley_wilmott", "european_call", settings())
     delta = ratios_of("bsdh", "european_call", settings())

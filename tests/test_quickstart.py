@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dhlnn_jax.experiment import make_contract
-from dhlnn_jax.fitting import build_hedger, evaluator
+from dhlnn_jax.fitting import build_hedger, evaluator, make_contract
 from dhlnn_jax.hedger import policy_of
 from dhlnn_jax.source import make_source
 
@@ -96,9 +95,28 @@ def test_rules_are_where_they_should_be(quickstart):
 
 
 def test_nobody_beats_the_optimum(quickstart):
-    for name in quickstart.metrics["methods"]:
+    assert quickstart.metrics["optimum"]["value"] == pytest.approx(OPTIMUM, abs=5e-7)
+    for name, report in quickstart.metrics["methods"].items():
         value, error = value_of(quickstart, name)
         assert value > OPTIMUM - 3 * error - 1e-7, name
+        assert report["regret"]["value"] >= -3 * report["regret"]["stderr"] - 1e-7, name
+
+
+def test_regret_is_the_paired_distance_to_the_optimal_policy(quickstart, best):
+    rows, pnl = quickstart.metrics["methods"], quickstart.pnl
+    weight = {n: np.exp(-50.0 * (pnl[f"{n}/pnl"].astype(float) + OPTIMUM)) for n in (best, "optimal")}
+    influence = {n: w / w.mean() / 50.0 for n, w in weight.items()}
+    regret = rows[best]["regret"]
+    assert regret["value"] == pytest.approx(
+        value_of(quickstart, best)[0] - value_of(quickstart, "optimal")[0], abs=1e-9
+    )
+    apart = influence[best] - influence["optimal"]
+    assert regret["stderr"] == pytest.approx(apart.std() / np.sqrt(len(apart)), rel=2e-2)
+    assert regret["stderr"] < 0.3 * value_of(quickstart, best)[1]  # what pairing is for
+    assert regret["percent"] == pytest.approx(100 * regret["value"] / OPTIMUM, rel=1e-4)
+    value, error = value_of(quickstart, "optimal")
+    assert abs(value - OPTIMUM) < 3 * error
+    assert rows["no_hedge"]["regret"]["value"] == pytest.approx(0.100024 - OPTIMUM, abs=2e-6)
 
 
 def test_best_trained_hedger_beats_every_rule_on_the_same_paths(quickstart, best):

@@ -13,7 +13,7 @@ from dhlnn_jax.command_line import main
 from dhlnn_jax.methods import METHODS as REGISTRY
 from dhlnn_jax.results import read_results
 
-PICTURES = ("pnl_histogram.png", "risk_by_epoch.png", "sample_path.png")
+PICTURES = ("bands.png", "pnl_histogram.png", "risk_by_epoch.png", "sample_path.png")
 
 
 @pytest.fixture(scope="session")
@@ -70,11 +70,18 @@ def test_table_shows_the_numbers_of_metrics_json(moved, capsys):
     for row in results.metrics["methods"].values():
         for number in row["final"].values():
             assert f"{number['value']:.6f}" in out
-    values = {n: r["final"]["entropic_risk_measure"]["value"] for n, r in results.metrics["methods"].items()}
+    values = {
+        n: r["final"]["entropic_risk_measure"]["value"]
+        for n, r in results.metrics["methods"].items()
+        if n != "optimal"
+    }
     best = min(values, key=values.get)
+    for row in results.metrics["methods"].values():
+        assert f"{row['regret']['value']:.6f} ±" in out and f"{row['regret']['percent']:.2f} ±" in out
+    assert f"exact optimum of the entropic risk: {results.metrics['optimum']['value']:.7f}" in out
     assert f"entropic risk less that of {REGISTRY[best].label} (paired)" in out
     for pair, numbers in results.metrics["paired"].items():
-        if best in pair.split("-"):
+        if best in pair.split("-") and "optimal" not in pair:
             sign = -1 if pair.startswith(f"{best}-") else 1
             assert f"{sign * numbers['entropic_risk_measure']['value']:+.6f} ±" in out
 

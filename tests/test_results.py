@@ -35,7 +35,9 @@ def began(folder):
 
 def finished(folder):
     arrays = {"pnl": np.arange(3.0), "group_id": np.arange(3)}
-    results = Results(CONFIG, {"schema": 1}, {"notes": ["µ"]}, arrays, {"spot": np.ones(4)}, began(folder))
+    results = Results(
+        CONFIG, {"schema": 1}, {"notes": ["µ"]}, arrays, {"spot": np.ones(4)}, {}, began(folder)
+    )
     write_results(results)
     return results
 
