@@ -4,6 +4,7 @@
 """
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ results folder.
 
   --overwrite  replace an earlier run in the same folder
   --resume     go on with a run that was cut off, from its last checkpoints
+
+Several processes that share the paths of every step, on one machine or many (same command, other --process):
+  --coordinator HOST:PORT --processes N --process 0..N-1     only process 0 writes and prints results
 """
 _REPORT_USAGE = """usage: python scripts/report.py RESULTS...
 
@@ -52,15 +56,43 @@ def _run(arguments: list[str]) -> int:
         raise UsageError("the config file comes first: run.py CONFIG [--section.key value ...]; see --help")
     if all(flags.values()):
         raise UsageError("--overwrite starts anew and --resume goes on: give one of them")
+    several, overrides = _several(overrides)
+    from dhlnn_jax import runtime
     from dhlnn_jax.config import load_config
 
     config = load_config(path, overrides)
     from dhlnn_jax import report
     from dhlnn_jax.experiment import run
 
+    runtime.prepare(devices=config.training.devices)
+    if several is not None:
+        if flags["--resume"]:
+            raise UsageError("--resume is for one process; start the others anew, or resume without them")
+        runtime.join(several[0], n_processes=several[1], process=several[2])
+        if several[2] > 0:  # computes the same, keeps nothing
+            with tempfile.TemporaryDirectory() as folder:
+                run(config.model_copy(update={"out": folder}))
+            return 0
     results = run(config, overwrite=flags["--overwrite"], resume=flags["--resume"])
     report.print_report(results)
     return 0
+
+
+def _several(arguments: list[str]) -> tuple[tuple[str, int, int] | None, list[str]]:
+    """(coordinator, processes, process) if this is one of several processes, and the other arguments."""
+    given, rest = {}, list(arguments)
+    for flag in ("--coordinator", "--processes", "--process"):
+        if flag in rest:
+            at = rest.index(flag)
+            given[flag] = rest[at + 1 : at + 2]
+            del rest[at : at + 2]
+    if not given:
+        return None, rest
+    try:
+        (coordinator,), (processes,), (process,) = given.values()
+        return (coordinator, int(processes), int(process)), rest
+    except ValueError:
+        raise UsageError("several processes need --coordinator HOST:PORT --processes N --process I") from None
 
 
 def _report(arguments: list[str]) -> int:

@@ -201,6 +201,12 @@ class TrainingConfig(_Section):
     )
     warmup: int = Field(0, ge=0, description="epochs of linear learning-rate warm-up")
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    chunk_size: int | None = Field(
+        None, gt=0, description="decisions through the network at a time; default 500 on a CPU, else all"
+    )
+    devices: int | None = Field(
+        None, gt=0, description="that share the paths; default all: accelerators, or the cores of a CPU"
+    )
     validation_paths: int = Field(10_000, gt=1, description="paths of the validation risk")
     validation_every: int = Field(5, gt=0, description="epochs between two validation risks")
     checkpoint_every: int = Field(50, gt=0, description="epochs between two checkpoints")

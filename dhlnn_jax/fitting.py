@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from dhlnn_jax.checkpoint import load_tree, save_tree
@@ -33,6 +34,7 @@ from dhlnn_jax.payoff import CLAIMS
 from dhlnn_jax.pnl import COST_MODELS, Contract
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.results import write_json
+from dhlnn_jax.runtime import path_mesh
 from dhlnn_jax.settings import Settings
 from dhlnn_jax.source import Source
 from dhlnn_jax.train import OBJECTIVES, TrainInfo, TrainState, fit, init_state, make_train_step
@@ -181,7 +183,13 @@ def train_method(
     training = config.training
     hedger, update = build_hedger(name, config), build_update(name, config)
     objective = OBJECTIVES[config.risk.kind]
-    step = make_train_step(hedger, source.train, contract, objective, update, n_paths=training.n_paths)
+    # A CPU is fastest on chunks that stay in its cache, an accelerator on everything at once.
+    chunk_size = training.chunk_size or (500 if jax.default_backend() == "cpu" else None)
+    mesh = path_mesh(training.n_paths, devices=training.devices)
+    step = make_train_step(
+        hedger, source.train, contract, objective, update,
+        n_paths=training.n_paths, chunk_size=chunk_size, mesh=mesh,
+    )  # fmt: skip
     evaluate = evaluator(policy_of(hedger), contract)
 
     objective_of = jax.jit(objective)
@@ -194,6 +202,8 @@ def train_method(
     log = saved.log if saved else _new_log()
     # The step gives its buffers away, so the best parameters need their own.
     state, best_params = saved.trees if saved else (state, jax.tree.map(jnp.copy, state.params))
+    if mesh is not None:
+        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 
     began = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(state, key_train, source.settings).compile()
@@ -212,8 +222,13 @@ def train_method(
         curve["risk"].append(float(info.risk))
         curve["turnover"].append(float(info.turnover))
         log["gradient_evaluations"] += int(info.n_gradients)
+        if not info.finite:
+            raise FloatingPointError(
+                f"{name}: network outputs are not finite in epoch {epoch}; lower training.learning_rate = "
+                f"{training.learning_rate:g} (last good checkpoint: {checkpoints.newest or 'none'})"
+            )
         if epoch % training.validation_every == 0 or epoch == training.epochs:
-            money = evaluate(state.params, validation_paths, source.settings)
+            money = evaluate(_here(state.params), validation_paths, source.settings)
             risk = float(objective_of(money.pnl, source.settings))
             # A band whose edges are not a number never trades: its risk alone would look finite.
             sound = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
@@ -227,17 +242,17 @@ def train_method(
             curve["validation_risk"].append(risk)
             if log["best_risk"] is None or risk < log["best_risk"]:
                 log["best_risk"], log["best_epoch"] = risk, epoch
-                best_params = jax.tree.map(jnp.copy, state.params)
+                best_params = jax.tree.map(jnp.copy, _here(state.params))
         if epoch in config.evaluation.epochs:
             measurement = measure(
-                evaluate(state.params, source.test, source.test_settings), source.test_settings
+                evaluate(_here(state.params), source.test, source.test_settings), source.test_settings
             )
             stderrs = standard_errors(measurement.influences, source.test_groups)
             spent = {name: log[name] for name in ("train_seconds", "gradient_evaluations")}
             metrics = as_report(measurement.values, stderrs)
             log["history"].append({"epoch": epoch, **spent, **metrics, **judge(measurement)})
         if epoch % training.checkpoint_every == 0 or epoch == training.epochs:
-            checkpoints.save(epoch, _Saved(state, best_params), log)
+            checkpoints.save(epoch, _Saved(_here(state), best_params), log)
         advance(note=f"risk {curve['risk'][-1]:.5f}")
 
     with progress_bar(f"training {name}", training.epochs) as advance:
@@ -246,7 +261,7 @@ def train_method(
             timed_step, state, key_train, source.settings, n_epochs=training.epochs, on_epoch=on_epoch
         )
 
-    last_params = result.state.params
+    last_params = _here(result.state.params)
     for which, params in (("best", best_params), ("last", last_params)):
         target = folder / "params" / name / which
         if not target.exists():
@@ -261,6 +276,11 @@ def train_method(
         paths_simulated=training.epochs * training.n_paths,
         gradient_evaluations=log["gradient_evaluations"],
     )
+
+
+def _here(tree: Any) -> Any:
+    """What all devices hold alike, from the first of them."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
 def _new_log() -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Hedger(NamedTuple):
       position: (raw, anchor) -> hedge ratio [n_steps].
       band: (raw, anchor) -> (band_lower, band_upper), each [n_steps]; None for hedgers without a band.
       response: as that of `Policy`, from (params, features, anchor, previous); None if the band says it.
+      memoryless: outputs of one decision depend on no other, so that decisions may go through in any chunks.
     """
 
     init: Callable[[PRNGKeyArray], Params]
@@ -56,6 +57,7 @@ class Hedger(NamedTuple):
     position: Callable[[Array, Anchor], Array]
     band: Callable[[Array, Anchor], tuple[Array, Array]] | None = None
     response: Callable[[Params, Array, Anchor, Array], Array] | None = None
+    memoryless: bool = False
 
 
 class Policy(NamedTuple):
@@ -159,6 +161,7 @@ def make_band_hedger(
         outputs=lambda params, features, anchor: network.apply(params, features),
         position=lambda raw, anchor: band_hedge(*band(raw, anchor)),
         band=band,
+        memoryless=True,
     )
 
 

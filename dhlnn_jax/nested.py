@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from dhlnn_jax.linearize import linearize_at
+from dhlnn_jax.linearize import Linearization, linearize_at
 
 Params = Any
 Outputs = Any
@@ -45,12 +45,14 @@ class Problem(NamedTuple):
       value: outputs -> one number a sample.
       risk: values -> scalar to be minimized.
       surrogate_value: outputs -> values used by the inner iterations; None for `value` itself.
+      linearize: params -> `outputs` linearized there; None for `linearize_at(outputs, params)`.
     """
 
     outputs: Callable[[Params], Outputs]
     value: Callable[[Outputs], Array]
     risk: Callable[[Array], Array]
     surrogate_value: Callable[[Outputs], Array] | None = None
+    linearize: Callable[[Params], Linearization] | None = None
 
 
 class UpdateInfo(NamedTuple):
@@ -163,7 +165,10 @@ def nested_update(
         return NestedState(jnp.asarray(0), jax.tree.map(jnp.zeros_like, params), optimizer.init(params))
 
     def apply(problem: Problem, params0: Params, state: NestedState):
-        expansion = linearize_at(problem.outputs, params0)
+        if problem.linearize is None:
+            expansion = linearize_at(problem.outputs, params0)
+        else:
+            expansion = problem.linearize(params0)
         risk, output_gradient = jax.value_and_grad(lambda y: problem.risk(problem.value(y)))(expansion.value)
         exact_gradient = expansion.vjp(output_gradient)
         objective = _inner_objective(problem, expansion.value, frozen=risk_weights == "frozen")

@@ -16,9 +16,12 @@ from dhlnn_jax.methods import METHODS
 from dhlnn_jax.payoff import CLAIMS
 from dhlnn_jax.results import Results
 
-# Okabe and Ito's colours, distinguishable with any colour vision; line styles differ as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+# Okabe and Ito's colours and two of Tol's, for any colour vision; line styles differ as well.
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    *("#882255", "#999933"),
+)
+_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (4, 2)), (0, (6, 2, 1, 2)))
 _OPTIMUM = {"color": "0.45", "linestyle": "-"}
 
 _COLUMNS = {
@@ -201,7 +204,7 @@ def _styles(results: Results) -> dict[str, dict[str, Any]]:
         i = order.index(name) if name != "optimal" else 0
         style = {
             "color": _COLOURS[i % len(_COLOURS)],
-            "linestyle": _LINES[(i + i // len(_COLOURS)) % len(_LINES)],
+            "linestyle": _LINES[i % len(_LINES)],
         }
         styles[name] = {**(_OPTIMUM if name == "optimal" else style), "label": label_of(name)}
     return styles

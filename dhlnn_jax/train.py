@@ -5,13 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
-from dhlnn_jax.hedger import Hedger, batched_inputs
+from dhlnn_jax.hedger import Anchor, Hedger, batched_inputs
+from dhlnn_jax.linearize import Linearization, linearize_at
 from dhlnn_jax.market import Sampler
 from dhlnn_jax.nested import Problem, Update
 from dhlnn_jax.pnl import COST_MODELS, Contract, contract_pnl, turnover
 from dhlnn_jax.risk import entropic_risk_measure, expected_shortfall, quadratic_risk
+from dhlnn_jax.rows import in_chunks, linearize_rows
 from dhlnn_jax.settings import Settings
 
 Params = Any
@@ -39,12 +42,15 @@ class TrainInfo(NamedTuple):
       risk: training risk, money. gradient_norm: of its exact gradient.
       n_gradients: gradients with respect to the parameters taken.
       turnover: mean units traded a path; 0 means that nobody trades.
+      finite: whether all outputs of the network were. A band that is not a number is never left, so that
+        risk and gradient alone would look sound.
     """
 
     risk: Array
     gradient_norm: Array
     n_gradients: Array
     turnover: Array
+    finite: Array
 
 
 TrainStep = Callable[[TrainState, PRNGKeyArray, Settings], tuple[TrainState, TrainInfo]]
@@ -64,23 +70,27 @@ def make_train_step(
     update: Update,
     *,
     n_paths: int = 10_000,
+    chunk_size: int | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainStep:
     """One epoch: fresh paths, one update. Pure; the caller jits it.
 
     Args:
       objective: `(pnl [n_paths], settings) -> risk`.
       n_paths: paths a step.
+      chunk_size: decisions that go through the network at a time, see `rows.in_chunks`; None: all at once.
+      mesh: devices that share the paths evenly, over its one axis; the state is the same on all of them.
     Returns: `step(state, key, settings) -> (state, info)`.
+    Numerics: results are the same for every chunk_size and mesh, to rounding.
     """
     exact = update.cost_surrogate == "absolute"
     surrogate = contract if exact else contract._replace(cost_model=COST_MODELS[update.cost_surrogate])
 
     def step(state: TrainState, key: PRNGKeyArray, settings: Settings) -> tuple[TrainState, TrainInfo]:
-        paths, _ = sample(key, n_paths, settings)
-        features, anchor = batched_inputs(hedger, paths, settings)
-
-        def raw_outputs(params: Params) -> Array:
-            return jax.vmap(hedger.outputs, (None, 0, 0))(params, features, anchor)
+        paths = shared_by_paths(sample(key, n_paths, settings)[0], mesh)
+        features, anchor = shared_by_paths(batched_inputs(hedger, paths, settings), mesh)
+        network = _RowNetwork(hedger, features, anchor, chunk_size, mesh)
+        raw_outputs = network.outputs
 
         def positions(raw: Array) -> Array:
             return jax.vmap(hedger.position)(raw, anchor)
@@ -94,6 +104,13 @@ def make_train_step(
             raw = raw_outputs(params)
             return raw if cut_at_raw else positions(raw)
 
+        def linearize(params: Params) -> Linearization:
+            raw = network.linearize(params)
+            if cut_at_raw:
+                return raw
+            held = linearize_at(positions, raw.value)
+            return Linearization(held.value, lambda t: held.jvp(raw.jvp(t)), lambda c: raw.vjp(held.vjp(c)))
+
         def hedge(outputs: Array) -> Array:
             return positions(outputs) if cut_at_raw else outputs
 
@@ -102,13 +119,72 @@ def make_train_step(
             value=lambda y: pnl_of(contract, hedge(y)),
             risk=lambda pnl: objective(pnl, settings),
             surrogate_value=None if exact else lambda y: pnl_of(surrogate, hedge(y)),
+            linearize=linearize,
         )
         params, update_state, info = update.apply(problem, state.params, state.update)
         mean_turnover = jnp.mean(jax.vmap(turnover)(hedge(info.outputs)))
-        diagnostics = TrainInfo(info.risk, info.gradient_norm, info.n_gradients, mean_turnover)
+        finite = jnp.all(jnp.isfinite(info.outputs))
+        diagnostics = TrainInfo(info.risk, info.gradient_norm, info.n_gradients, mean_turnover, finite)
         return TrainState(params, update_state, state.epoch + 1), diagnostics
 
     return step
+
+
+class _RowNetwork(NamedTuple):
+    """A hedger's outputs on a batch: a row is a decision, or a whole path if the hedger has a memory."""
+
+    hedger: Hedger
+    features: Array
+    anchor: Anchor
+    chunk_size: int | None
+    mesh: Mesh | None
+
+    @property
+    def _rows(self) -> tuple[Array, Anchor]:
+        rows = (self.features, self.anchor)
+        return jax.tree.map(_merge, rows) if self.hedger.memoryless else rows
+
+    def _apply(self, params: Params, features: Array, anchor: Anchor) -> Array:
+        if self.hedger.memoryless:
+            return self.hedger.outputs(params, features, anchor)
+        return jax.vmap(self.hedger.outputs, (None, 0, 0))(params, features, anchor)
+
+    def _by_path(self, outputs: Array) -> Array:
+        if self.hedger.memoryless:
+            outputs = outputs.reshape(*self.features.shape[:2], *outputs.shape[1:])
+        return shared_by_paths(outputs, self.mesh)
+
+    @property
+    def _chunk_mesh(self) -> Mesh | None:
+        """Chunks are shared out by hand; without them the compiler shares the work along the paths."""
+        return None if self.chunk_size is None else self.mesh
+
+    def outputs(self, params: Params) -> Array:
+        """[n_paths, n_steps, ...]."""
+        apply = in_chunks(self._apply, chunk_size=self.chunk_size, mesh=self._chunk_mesh)
+        return self._by_path(apply(params, *self._rows))
+
+    def linearize(self, params: Params) -> Linearization:
+        rows = linearize_rows(
+            self._apply, params, *self._rows, chunk_size=self.chunk_size, mesh=self._chunk_mesh
+        )
+        flat = _merge if self.hedger.memoryless else lambda cotangent: cotangent
+        return Linearization(
+            self._by_path(rows.value),
+            lambda tangent: self._by_path(rows.jvp(tangent)),
+            lambda cotangent: rows.vjp(flat(cotangent)),
+        )
+
+
+def _merge(x: Array) -> Array:
+    return x.reshape(-1, *x.shape[2:])
+
+
+def shared_by_paths(batch: Any, mesh: Mesh | None) -> Any:
+    """Lays the leading axis of all arrays over the devices of the mesh's one axis (under jit)."""
+    if mesh is None:
+        return batch
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
 
 
 class FitResult(NamedTuple):

@@ -1,6 +1,11 @@
 """Shared fixtures; under pytest every jaxtyping annotation of the package is checked with beartype."""
 
 import importlib.util
+import os
+import tempfile
+
+# What the package keeps for its user is not kept by tests; set before anything reads it.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dhlnn_jax_cache_")
 
 if importlib.util.find_spec("beartype"):  # the GPU machine has no beartype: it runs the tests unchecked
     from jaxtyping import install_import_hook
@@ -12,6 +17,17 @@ import pytest
 
 # Compiling is most of the time that these tests take, and most of what they compile runs once.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that share the runs of `runs.py` stay in one process, so that each run is done once."""
+    for item in items:
+        if "quickstart" in item.fixturenames or hasattr(item.module, "small_run") or _reads_runs(item.module):
+            item.add_marker(pytest.mark.xdist_group("runs"))
+
+
+def _reads_runs(module):
+    return any(getattr(module, name, None) is not None for name in ("smoke_run", "history_run"))
 
 
 @pytest.fixture

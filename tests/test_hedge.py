@@ -228,3 +228,34 @@ def test_scan_hedge_by_hand(strict_x64):
     ratios, raw = hedge.scan_hedge(step, jnp.array([1.0, 2.0, 3.0]), jnp.array(4.0))
     assert ratios.tolist() == [3.0, 3.5, 4.75]
     assert raw.tolist() == [40.0, 30.0, 35.0]
+
+
+# --- all times at once --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 30, 1000])
+def test_band_hedge_parallel_is_band_hedge(strict_x64, n_steps):
+    rng = np.random.default_rng(n_steps)
+    middle, width = np.cumsum(0.1 * rng.normal(size=n_steps)), rng.uniform(-0.05, 0.2, n_steps)
+    lower, upper = jnp.asarray(middle - width), jnp.asarray(middle + width)  # a fifth of them are crossed
+    weight = jnp.asarray(rng.normal(size=n_steps))
+
+    def judged(hedge_of):
+        return jax.jit(jax.value_and_grad(lambda a, b: jnp.sum(weight * hedge_of(a, b)), (0, 1)))(
+            lower, upper
+        )
+
+    np.testing.assert_array_equal(
+        jax.jit(hedge.band_hedge_parallel)(lower, upper), jax.jit(hedge.band_hedge)(lower, upper)
+    )
+    (_, slopes), (_, wanted) = judged(hedge.band_hedge_parallel), judged(hedge.band_hedge)
+    np.testing.assert_allclose(slopes, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_band_hedge_parallel_has_finite_gradients_at_ties(strict_x64):
+    level = jnp.array(
+        [0.0, 0.3, 0.3, 0.3, 0.1]
+    )  # edges that meet each other, the start and the last position
+    for lower, upper in ((level, level), (level, level + 0.2), (level - 0.2, level)):
+        slopes = jax.grad(lambda a, b: jnp.sum(hedge.band_hedge_parallel(a, b)), (0, 1))(lower, upper)
+        assert np.all(np.isfinite(slopes)) and np.abs(slopes).max() <= 5

@@ -28,10 +28,17 @@ def test_single_path_example_gives_the_numbers_it_prints():
     assert float(names["vega"]) == pytest.approx(0.1143, abs=1e-4)
 
 
+def test_optimum_example_gives_the_numbers_it_prints():
+    names: dict = {}
+    exec(BLOCKS[2], names)
+    assert (names["best"].value, names["ask"]) == (pytest.approx(0.0258622, abs=2e-7),) * 2
+    assert names["bid"] == pytest.approx(0.02001, abs=1e-5) and names["best"].error < 1e-6
+
+
 def test_own_prices_example_runs_on_the_quickstart(quickstart, monkeypatch, capsys):
     monkeypatch.chdir(quickstart.folder.parents[1])
     assert quickstart.folder == quickstart.folder.parents[1] / "results" / "quickstart"
-    exec(BLOCKS[2], {})
+    exec(BLOCKS[3], {})
     assert capsys.readouterr().out.startswith("hold 0.")
 
 

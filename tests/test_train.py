@@ -262,3 +262,49 @@ def test_training_beats_every_hedger_that_it_must_beat(key):
     assert risk < entropic(rule_policy(hedge.delta_hedge)) - 1e-3
     assert risk < entropic(rule_policy(hedge.no_hedge)) - 1e-2
     assert risk < entropic(policy, trained, sign=-1.0) - 1e-2
+
+
+# --- rows in chunks, paths shared by devices ----------------------------------------------------------
+
+RECURRENT = make_recurrent_hedger(features=("log_moneyness", "time_to_maturity"), hidden_sizes=(8,))
+UPDATES = {
+    "adam": ADAM,
+    "nested": nested_update(optax.adam(1e-3), learning_rate=1e-3, n_inner=3),
+    "position": nested_update(optax.adam(1e-3), learning_rate=1e-3, n_inner=3, linearization="position"),
+    "as_printed": nested_update(
+        optax.adam(1e-3), learning_rate=1e-3, n_inner=2, cost_surrogate="squared_difference",
+        risk_weights="frozen",
+    ),
+    "control": nested_update(optax.adam(1e-3), learning_rate=1e-3, n_inner=2, linearization="none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "hedger, update",
+    [(HEDGER, name) for name in UPDATES] + [(RECURRENT, "adam"), (RECURRENT, "position")],
+    ids=[*UPDATES, "recurrent", "recurrent-position"],
+)
+def test_step_in_chunks_is_the_step_at_once(x64, hedger, update):
+    after = []
+    for chunk_size in (None, 96):  # neither divides 256 paths nor 1,280 decisions
+        step = train.make_train_step(
+            hedger, SAMPLE, CONTRACT, train.OBJECTIVES["entropic"], UPDATES[update], n_paths=N_PATHS,
+            chunk_size=chunk_size,
+        )  # fmt: skip
+        state = train.init_state(hedger, UPDATES[update], jax.random.key(0))
+        after.append(jax.jit(step)(state, jax.random.key(1), settings()))
+    for plain, chunked in zip(leaves(after[0]), leaves(after[1]), strict=True):
+        np.testing.assert_allclose(chunked, plain, rtol=1e-5, atol=1e-7)  # Linen keeps float32
+
+
+def test_step_in_chunks_needs_a_fraction_of_the_memory():
+    wide = make_band_hedger(features=("log_moneyness", "time_to_maturity"), hidden_sizes=(64, 64))
+    peak = []
+    for chunk_size in (None, 500):
+        step = train.make_train_step(
+            wide, SAMPLE, CONTRACT, train.OBJECTIVES["entropic"], ADAM, n_paths=10_000, chunk_size=chunk_size
+        )
+        state = jax.eval_shape(lambda key: train.init_state(wide, ADAM, key), jax.random.key(0))
+        compiled = jax.jit(step).lower(state, jax.random.key(1), settings()).compile()
+        peak.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert peak[1] < 0.3 * peak[0] and peak[1] < 8e6

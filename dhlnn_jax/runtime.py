@@ -1,0 +1,61 @@
+"""What a script settles before JAX starts: devices, processes, and the cache of compiled programs."""
+
+import os
+from pathlib import Path
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from dhlnn_jax.errors import UsageError
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of this package."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dhlnn_jax"
+
+
+def _n_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # those that this process may use; not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def prepare(*, devices: int | None = None) -> None:
+    """Keeps compiled programs between runs, and makes a CPU as many devices as are asked for.
+
+    Args:
+      devices: on a CPU; None: one for each core. An accelerator's are counted by JAX.
+    Numerics: does nothing to devices once JAX has started. JAX_COMPILATION_CACHE_DIR, if set, is kept.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    try:
+        jax.config.update("jax_num_cpu_devices", devices or _n_cores())
+    except RuntimeError:
+        pass  # JAX has started, with the devices that it has
+
+
+def join(coordinator: str, *, n_processes: int, process: int) -> None:
+    """Makes this process one of several that train together, each running the same script.
+
+    Args:
+      coordinator: "host:port" of process 0, free to be listened on. process: 0 to n_processes - 1.
+    Raises: UsageError for numbers out of range.
+    """
+    if not 0 <= process < n_processes:
+        raise UsageError(f"--process must be from 0 to {n_processes - 1} (--processes less 1), got {process}")
+    jax.distributed.initialize(coordinator, n_processes, process)
+
+
+def path_mesh(n_paths: int, *, devices: int | None = None) -> Mesh | None:
+    """A mesh of devices that share n_paths evenly, along its axis "paths"; None for a single one.
+
+    Args:
+      devices: at most; None: all there are. Fewer are taken where they do not divide n_paths.
+    """
+    available = jax.devices()[:devices]
+    n_devices = max(n for n in range(1, len(available) + 1) if n_paths % n == 0)
+    if n_devices == 1:
+        return None
+    return jax.make_mesh((n_devices,), ("paths",), axis_types=(AxisType.Auto,), devices=available[:n_devices])
