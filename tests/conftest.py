@@ -19,17 +19,6 @@ import pytest
 jax.config.update("jax_disable_most_optimizations", True)
 
 
-def pytest_collection_modifyitems(items):
-    """Tests that share the runs of `runs.py` stay in one process, so that each run is done once."""
-    for item in items:
-        if "quickstart" in item.fixturenames or hasattr(item.module, "small_run") or _reads_runs(item.module):
-            item.add_marker(pytest.mark.xdist_group("runs"))
-
-
-def _reads_runs(module):
-    return any(getattr(module, name, None) is not None for name in ("smoke_run", "history_run"))
-
-
 @pytest.fixture
 def key():
     return jax.random.key(20250217)

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import json
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from dhlnn_jax import experiment, report
 from dhlnn_jax.config import load_config
 from dhlnn_jax.experiment import run
+from dhlnn_jax.results import machine, read_config, read_results
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = (
@@ -79,6 +82,17 @@ def smoke_run(base):
 
 @functools.cache
 def quickstart_run(base):
-    """The one run of configs/quickstart.toml at its full settings, in base/results as README has it."""
+    """The one run of configs/quickstart.toml at its full settings, in base/results as README has it.
+
+    If README's first command has just been run with the same clean commit and the same versions (as CI does),
+    its folder is copied instead: another test shows that the same run gives the same numbers.
+    """
+    done, config = CONFIGS.parent / "results" / "quickstart", load_config(CONFIGS / "quickstart.toml")
+    if (done / "metrics.json").exists():
+        meta, here = json.loads((done / "meta.json").read_text()), machine()
+        same = all(meta[name] == here[name] for name in ("device", "versions", "commit"))
+        if same and not here["commit"].endswith("-dirty") and read_config(done) == config:
+            shutil.copytree(done, base / "results" / "quickstart")
+            return read_results(base / "results" / "quickstart")
     with programs_kept(base / "programs"), optimized():
         return run(load_config(CONFIGS / "quickstart.toml", ["--out", str(base / "results/quickstart")]))
