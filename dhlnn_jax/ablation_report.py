@@ -1,0 +1,247 @@
+"""The ablation's command line, its tables and its results folder.
+
+ablation.json holds everything, see `ablation_study.run_study`; ablation_*.png are drawn from it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dhlnn_jax.ablation import STUDIES
+from dhlnn_jax.ablation_figures import diverged, draw, value_label
+from dhlnn_jax.ablation_study import run_study
+from dhlnn_jax.config import load_config
+from dhlnn_jax.errors import UsageError
+from dhlnn_jax.results import write_json
+
+Results = dict[str, Any]
+
+_FILE = "ablation.json"
+_COUNTS = ("epochs", "paths", "gradients", "forward", "jvp", "vjp")
+_SECONDS = ("seconds", "cpu_seconds")
+
+
+def print_ablation(results: Results) -> None:
+    """Two tables on stdout: what each variant spent and reached, and paired differences at equal budgets."""
+    from rich.console import Console
+    from rich.table import Table
+
+    # A pipe has no width: give the tables what they need instead of folding them at 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    what = value_label(results)
+    table = Table(title=f"{what}: mean ± s.e. over test paths ± s.e. over seeds", title_justify="left")
+    table.add_column("variant", no_wrap=True)
+    for heading in (*_COUNTS, "seconds", "CPU s", "compile s", "value", "median (lowest, highest)"):
+        table.add_column(heading, justify="right")
+    for variant in results["variants"].values():
+        last = variant["points"][-1]
+        table.add_row(
+            variant["label"],
+            *(f"{last[count]:,.0f}" for count in _COUNTS),
+            *(f"{last[clock]:.2f}" for clock in _SECONDS),
+            f"{variant['compile_seconds']:.1f}",
+            _last_value(results, last),
+            _range(results, last["value"]),
+        )
+    console.print(table)
+
+    budgets = ("epochs", "gradients", results["clock"])
+    names = ("epochs", "gradients", results["clock"].replace("_", " "))
+    paired = Table(
+        title="less that of DHLNN, same paths and seeds: difference ± s.e. over paths ± s.e. over seeds, "
+        "seeds where it is lower (epochs of the variant / of DHLNN)",
+        title_justify="left",
+    )
+    paired.add_column("variant", no_wrap=True)
+    for name in names:
+        paired.add_column(f"at equal {name}", justify="right")
+    for name, row in results["paired"].items():
+        paired.add_row(
+            results["variants"][name]["label"], *(_difference(results, row[budget]) for budget in budgets)
+        )
+    console.print(paired)
+    epochs = next(iter(results["variants"].values()))["points"][-1]["epochs"]
+    if results["optimum"] is not None:
+        print(f"exact optimum of the entropic risk: {results['optimum']['value']:.7f}")
+    print(
+        f"{len(results['seeds'])} seeds, {results['config']['evaluation']['n_paths']:,} test paths; counts "
+        "and seconds are those of one seed; gradients, forward, jvp and vjp are passes over a batch"
+    )
+    if not results["finished"]:
+        print(f"note: not finished, measured to epoch {epochs}", file=sys.stderr)
+
+
+def _last_value(results: Results, point: dict[str, Any]) -> str:
+    values, n_seeds = point["value"], len(results["seeds"])
+    if wrong := diverged(results, values):
+        return f"diverges in {wrong} of {n_seeds} seeds"
+    mean = sum(values) / n_seeds
+    cell = _with_errors(results, mean, point["stderr_paths"], _spread_of_mean(values))
+    if still := sum(x == 0 for x in point["turnover"]):
+        cell += f" ({still} of {n_seeds} never trade)"
+    return cell
+
+
+def _range(results: Results, values: list[float | None]) -> str:
+    found = sorted(x for x in values if x is not None)
+    if not found:
+        return "–"
+    decimals = _decimals(results)
+    middle = statistics.median(_ranked(values))
+    highest = f"{found[-1]:.{decimals}f}" if len(found) == len(values) else "not finite"
+    return f"{middle:.{decimals}f} ({found[0]:.{decimals}f}, {highest})"
+
+
+def _ranked(values: list[float | None]) -> list[float]:
+    """What is not finite counts as worse than anything."""
+    return [float("inf") if x is None else x for x in values]
+
+
+def _difference(results: Results, row: dict[str, Any]) -> str:
+    at = f"({row['at'][0]} / {row['at'][1]})"
+    if wrong := diverged(results, row["by_seed"]):
+        return f"diverges in {wrong} of {len(row['by_seed'])} seeds {at}"
+    lower = sum(x < 0 for x in row["by_seed"])
+    cell = _with_errors(results, row["value"], row["stderr_paths"], row["stderr_seeds"], "+")
+    return f"{cell}, {lower}/{len(row['by_seed'])} {at}"
+
+
+def _with_errors(
+    results: Results, value: float, paths: float | None, seeds: float | None, sign: str = ""
+) -> str:
+    decimals = _decimals(results)
+    errors = " ".join("± ?" if x is None else f"± {x:.{decimals}f}" for x in (paths, seeds))
+    return f"{value:{sign}.{decimals}f} {errors}"
+
+
+def _decimals(results: Results) -> int:
+    return 3 if results["unit"] == "percent" else 6
+
+
+def _spread_of_mean(values: list[float]) -> float | None:
+    """Standard error of the mean over seeds."""
+    n = len(values)
+    if n < 2:
+        return None
+    mean = sum(values) / n
+    return (sum((x - mean) ** 2 for x in values) / (n - 1) / n) ** 0.5
+
+
+def read_ablation(folder: Path) -> Results:
+    """Contents of a folder's ablation.json. Raises: UsageError if there is none that can be read."""
+    path = folder / _FILE
+    if not path.exists():
+        raise UsageError(f"{str(folder)!r} holds no ablation: {_FILE} is missing")
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(results, dict) or results.get("schema") != 1 or "variants" not in results:
+        raise UsageError(f"{path}: was not written by an ablation")
+    return results
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python scripts/ablation.py",
+        usage="python scripts/ablation.py CONFIG [options] [--section.key value ...] | --report FOLDER",
+        description="Trains variants of nested training and their controls from the same seeds, measures all "
+        "on the same test paths, and compares them at equal epochs, gradients and seconds. The options of a "
+        "run lie over CONFIG as in scripts/run.py; --out defaults to results/ablation_STUDY.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
+    parser.add_argument(
+        "--study",
+        default="optimizers",
+        choices=STUDIES,
+        help="optimizers: variants and controls (default); noise: few to many paths an epoch; data: the same "
+        "few paths every epoch, and noisy prices",
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, 1 to 100 (default: 5)")
+    parser.add_argument("--rows", nargs="+", default=(), metavar="ROW", help="only these, and dhlnn")
+    parser.add_argument("--paths", nargs="+", type=int, default=(), help="sizes of noise and data")
+    parser.add_argument(
+        "--hedger", default="dhntb", choices=("dhntb", "dhmlp"), help="whose network (default: dhntb)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier ablation in the folder")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="print and redraw an earlier ablation")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the script; returns its exit code: 0, 2 for a mistake in what was given, 130 if interrupted."""
+    try:
+        return _run(list(arguments))
+    except UsageError as error:
+        print(f"ablation.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"ablation.py: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"ablation.py: interrupted; what was measured by then, if anything, is in {_FILE}: see --report",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments:
+        print(_parser().format_help(), end="", file=sys.stderr)
+        return 2
+    path = None if arguments[0].startswith("-") else arguments.pop(0)
+    options, overrides = _parser().parse_known_args(arguments)
+    if options.help:
+        print(_parser().format_help(), end="")
+        return 0
+    if options.report is not None:
+        _show(read_ablation(options.report), options.report)
+        return 0
+    if path is None:
+        raise UsageError("the config file comes first: ablation.py CONFIG [--seeds 5] ...; see --help")
+    if not 1 <= options.seeds <= 100:
+        raise UsageError(f"--seeds must be from 1 to 100, got {options.seeds}")
+    if not any(flag.partition("=")[0] == "--out" for flag in overrides):
+        overrides += ["--out", f"results/ablation_{options.study}"]
+    config = load_config(path, overrides)
+    folder = Path(config.out)
+    earlier = [*folder.glob(_FILE), *folder.glob("ablation_*.png")]
+    if earlier and not options.overwrite:
+        raise UsageError(f"{earlier[0]} exists: give another --out, or --overwrite to replace it")
+    results: Results = {}
+    study = run_study(
+        options.study,
+        config,
+        n_seeds=options.seeds,
+        hedger=options.hedger,
+        paths=options.paths,
+        rows=options.rows,
+    )
+    for results in study:
+        if earlier:
+            for file in earlier:
+                file.unlink()
+            earlier = []
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / _FILE, results)
+    _show(results, folder)
+    return 0
+
+
+def _show(results: Results, folder: Path) -> None:
+    print_ablation(results)
+    print(f"results: {folder / _FILE}")
+    for figure in draw(results, folder):
+        print(f"figure: {figure}")

@@ -1,0 +1,250 @@
+"""Runs an ablation: every variant from the same seeds, one program each, measured on the same test paths.
+
+The variants take turns from one measurement to the next, so that a machine that slows down slows all of them.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dhlnn_jax.ablation import (
+    Study,
+    Variant,
+    base_config,
+    measured_epochs,
+    passes,
+    seeing_noise,
+    variants_of,
+    with_price_noise,
+)
+from dhlnn_jax.ablation_judge import Judge
+from dhlnn_jax.config import Config
+from dhlnn_jax.fitting import build_hedger, build_update
+from dhlnn_jax.progress import progress_bar
+from dhlnn_jax.results import machine
+from dhlnn_jax.risk import clustered_stderr
+from dhlnn_jax.source import make_source
+from dhlnn_jax.train import OBJECTIVES, TrainState, make_train_step
+
+DIVERGED = 1_000.0  # percent of the optimum
+_TEST = 3  # the role of test paths, folded into the key of a seed as in `experiment`
+
+Point = dict[str, Any]
+
+
+def run_study(
+    study: Study,
+    config: Config,
+    *,
+    n_seeds: int = 5,
+    hedger: str = "dhntb",
+    paths: Sequence[int] = (),
+    rows: Sequence[str] = (),
+) -> Iterator[dict[str, Any]]:
+    """The contents of ablation.json after each measured epoch: whole, but for the epochs still to come.
+
+    Args:
+      n_seeds: seeds config.seed, config.seed + 1, ...; a seed is initial parameters and training paths, the
+        same for all variants and those of `scripts/run.py --seed`.
+      hedger: the method whose network is trained, "dhntb" (the band) or "dhmlp".
+      paths, rows: see `variants_of`.
+    Returns: per variant "points", one a measured epoch: spent so far, a seed: epochs, paths, gradients,
+      forward, jvp, vjp, seconds (wall) and cpu_seconds (of this process), compilation apart; a list over
+      seeds: value (regret on the test paths in percent of the optimum if "unit" is "percent", else regret or
+      risk in money), batch_value (risk of the last training batch before its update, money; with fixed data
+      as value, on the training paths), turnover on that batch; stderr_paths of the mean value.
+      A number that is not finite is None. "clock": which seconds are the budget; on a CPU those of the
+      process, since a machine is seldom idle. "paired": see `_paired`.
+    Raises: UsageError as `variants_of` and `make_source`.
+    """
+    variants = variants_of(study, config, paths, rows)
+    source = make_source(config, jax.random.fold_in(jax.random.key(config.seed), _TEST))
+    judge = Judge(config, source, build_hedger(hedger, config))
+    clock = "cpu_seconds" if jax.default_backend() == "cpu" else "seconds"
+    epochs = measured_epochs(config)
+    seeds = range(config.seed, config.seed + n_seeds)
+    with progress_bar("compiling", len(variants)) as advance:
+        trainers = {}
+        for name, variant in variants.items():
+            trainers[name] = _Trainer(variant, config, judge, seeds)
+            advance(note=variant.label)
+    with progress_bar("training", epochs[-1] * sum(v.slower for v in variants.values())) as advance:
+        before = 0
+        for epoch in epochs:
+            for variant, trainer in zip(variants.values(), trainers.values(), strict=True):
+                trainer.train_to(epoch * variant.slower, last=epoch == epochs[-1])
+                advance((epoch - before) * variant.slower, note=variant.label)
+            before = epoch
+            yield {
+                "schema": 1,
+                "study": study,
+                "hedger": hedger,
+                "finished": epoch == epochs[-1],
+                "metric": judge.metric,
+                "unit": judge.unit,
+                "optimum": judge.optimum and {"value": judge.optimum.value, "error": judge.optimum.error},
+                "clock": clock,
+                "seeds": list(seeds),
+                "config": config.model_dump(mode="json"),
+                "machine": machine(),
+                "variants": {name: trainer.report() for name, trainer in trainers.items()},
+                "paired": _paired(variants, trainers, ("epochs", "gradients", clock)),
+            }
+
+
+class _Spent(NamedTuple):
+    """Since training began, a seed."""
+
+    gradients: float = 0.0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+class _Trainer:
+    """All seeds of one variant, trained one after another by one compiled program of any number of epochs."""
+
+    def __init__(self, variant: Variant, config: Config, judge: Judge, seeds: Sequence[int]):
+        self.variant, self.config, self._judge = variant, base_config(config, variant.options), judge
+        self.n_paths, self._settings = self.config.training.n_paths, judge.source.settings
+        self.sample = judge.source.train
+        update = build_update(variant.update, self.config)
+        hedger, on_cpu = judge.hedger, jax.default_backend() == "cpu"
+        if variant.price_noise:
+            hedger, self.sample = seeing_noise(hedger), with_price_noise(self.sample, variant.price_noise)
+        step = make_train_step(
+            hedger,
+            self.sample,
+            judge.contract,
+            OBJECTIVES[config.risk.kind],
+            update,
+            n_paths=self.n_paths,
+            chunk_size=config.training.chunk_size or (500 if on_cpu else None),
+        )
+
+        def train(states, keys, settings, n_epochs):
+            def epoch(_, carry):
+                (state, n_gradients, _), key = carry
+                number = 0 if variant.fixed_data else state.epoch
+                state, info = step(state, jax.random.fold_in(key, number), settings)
+                return (state, n_gradients + info.n_gradients, (info.risk, info.turnover)), key
+
+            def one_seed(of_seed):
+                state, key = of_seed
+                carry = (state, jnp.asarray(0), (jnp.asarray(jnp.nan), jnp.asarray(jnp.nan))), key
+                return jax.lax.fori_loop(0, n_epochs, epoch, carry)[0]
+
+            return jax.lax.map(one_seed, (states, keys))
+
+        roots = jnp.stack([jax.random.key(seed) for seed in seeds])
+        key_init, self.keys = (jax.vmap(jax.random.fold_in, (0, None))(roots, role) for role in (0, 1))
+        params = judge.init(key_init)
+        began = time.perf_counter()
+        states = TrainState(params, jax.jit(jax.vmap(update.init))(params), jnp.zeros(len(seeds), int))
+        # Lowered and compiled by hand: another shape would be an error here, not another compilation.
+        lowered = jax.jit(train, donate_argnums=0).lower(states, self.keys, self._settings, 0)
+        self._train = lowered.compile()
+        self._states = self._train(states, self.keys, self._settings, 0)[0]  # its first call is slower
+        self.compile_seconds = time.perf_counter() - began
+        self._batch_reference = (
+            judge.on_training_paths(self.keys, self.n_paths) if variant.fixed_data else 0.0
+        )
+        self._epoch, self._spent = 0, _Spent()
+        self._clean: list[float | None] | None = None
+        self.points: list[Point] = []
+        self.influences: list[np.ndarray] = []
+
+    def train_to(self, epoch: int, *, last: bool = False) -> None:
+        """Trains until so many epochs are done, and measures."""
+        n_seeds = len(self.keys)
+        began, cpu = time.perf_counter(), time.process_time()
+        done = self._train(self._states, self.keys, self._settings, epoch - self._epoch)
+        self._states, n_gradients, (risk, turnover) = jax.block_until_ready(done)
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+        self._spent = _Spent(
+            self._spent.gradients + float(np.mean(n_gradients)),
+            self._spent.seconds + seconds / n_seeds,
+            self._spent.cpu_seconds + cpu_seconds / n_seeds,
+        )
+        self._epoch, n = epoch, self._spent.gradients
+        value, influences = self._judge.measurer(self.variant.price_noise)(self._states.params)
+        if last and self.variant.price_noise:
+            self._clean = _plain(self._judge.measurer()(self._states.params)[0])
+        n_passes = passes(self.config, self.variant.update, n_updates=epoch, n_gradients=n)
+        self.influences.append(influences)
+        batch_value = np.asarray(risk - self._batch_reference, float)
+        if self.variant.fixed_data:
+            batch_value = self._judge.scale * batch_value
+        self.points.append(
+            {
+                "epochs": epoch,
+                "paths": self.n_paths * (1 if self.variant.fixed_data else epoch),
+                **self._spent._asdict(),
+                **n_passes._asdict(),
+                "value": _plain(value),
+                "stderr_paths": _number(clustered_stderr(jnp.asarray(influences))),
+                "batch_value": _plain(batch_value),
+                "turnover": _plain(np.asarray(turnover)),
+            }
+        )
+
+    def report(self) -> dict[str, Any]:
+        variant = self.variant
+        return {
+            **{name: value for name, value in variant._asdict().items() if name != "slower"},
+            "n_paths": self.n_paths,
+            "compile_seconds": self.compile_seconds,
+            "points": self.points,
+            **({"clean_value": self._clean} if self._clean else {}),
+        }
+
+
+def _paired(
+    variants: dict[str, Variant], trainers: dict[str, _Trainer], budgets: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Value of each variant less its reference's, at equal budgets.
+
+    The budget is the most that both have spent, each stands where it was last measured within it: "at" are
+    their epochs, "spent" what they had spent, "value" the mean over seeds, "stderr_paths" and "stderr_seeds"
+    its standard errors over test paths and over seeds, "by_seed" the differences.
+    """
+    report: dict[str, dict[str, Any]] = {}
+    for name, variant in variants.items():
+        if name == variant.reference:
+            continue
+        pair = trainers[name], trainers[variant.reference]
+        report[name] = {}
+        for budget in budgets:
+            most = min(trainer.points[-1][budget] for trainer in pair)
+            at = [last_within(trainer.points, budget, most) for trainer in pair]
+            points = [trainer.points[i] for trainer, i in zip(pair, at, strict=True)]
+            values = [np.array([np.nan if x is None else x for x in p["value"]]) for p in points]
+            influences = [trainer.influences[i] for trainer, i in zip(pair, at, strict=True)]
+            apart = values[0] - values[1]
+            spread = np.std(apart, ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else np.nan
+            report[name][budget] = {
+                "at": [p["epochs"] for p in points],
+                "spent": [p[budget] for p in points],
+                "value": _number(np.mean(apart)),
+                "stderr_paths": _number(clustered_stderr(jnp.asarray(influences[0] - influences[1]))),
+                "stderr_seeds": _number(spread),
+                "by_seed": _plain(apart),
+            }
+    return report
+
+
+def last_within(points: list[Point], budget: str, most: int | float) -> int:
+    """Index of the last point that has spent no more; the first one if all have."""
+    return max([i for i, point in enumerate(points) if point[budget] <= most], default=0)
+
+
+def _number(x: Any) -> float | None:
+    x = float(x)
+    return x if np.isfinite(x) else None
+
+
+def _plain(values: np.ndarray) -> list[float | None]:
+    return [_number(x) for x in values]
