@@ -42,6 +42,18 @@ def test_own_prices_example_runs_on_the_quickstart(quickstart, monkeypatch, caps
     assert capsys.readouterr().out.startswith("hold 0.")
 
 
+def test_regression_example_of_the_linearization_page_learns():
+    page = (ROOT / "docs" / "linearization.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    assert float(names["info"].risk) < 1e-4
+    start = names["update"].apply(
+        names["problem"], {**names["params"], "v": 0.0 * names["params"]["v"]}, names["state"]
+    )
+    assert float(start[2].risk) > 0.3  # nothing learned yet
+
+
 def test_two_commands_stand_alone_on_their_lines():
     commands = [line for line in README.splitlines() if line.startswith("pip install -e")]
     assert commands == [
