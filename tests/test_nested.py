@@ -42,6 +42,7 @@ OPTIMIZERS = {
     "adam_without_momentum": optax.adam(ETA, b1=0.0),
     "momentum": optax.sgd(ETA, momentum=0.9),
     "rmsprop": optax.rmsprop(ETA),
+    "adam_four_times_the_rate": optax.adam(4 * ETA),
 }
 
 
@@ -156,6 +157,10 @@ def test_frozen_direction_is_the_same_step_n_times(x64):
     history, info = updates["frozen_direction"]
     expected = jax.tree.map(lambda w, v: w + 4 * (v[0] - w), PARAMS, plain["adam"])
     assert_same(jax.tree.map(lambda x: x[0], history), expected)
+    assert_same(
+        jax.tree.map(lambda x: x[0], history),
+        jax.tree.map(lambda x: x[0], plain["adam_four_times_the_rate"]),
+    )
     assert info.n_gradients[0] == 1
 
 
