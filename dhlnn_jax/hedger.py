@@ -20,8 +20,9 @@ from dhlnn_jax.hedge import (
     scan_hedge,
     whalley_wilmott_half_width,
 )
+from dhlnn_jax.linearize import OutputLayer
 from dhlnn_jax.market import MarketPath, observed_path
-from dhlnn_jax.model import BandNetwork, HedgeNetwork
+from dhlnn_jax.model import BandNetwork, HedgeNetwork, band_output_layer
 from dhlnn_jax.settings import Settings
 
 Params = Any
@@ -49,6 +50,8 @@ class Hedger(NamedTuple):
       band: (raw, anchor) -> (band_lower, band_upper), each [n_steps]; None for hedgers without a band.
       response: as that of `Policy`, from (params, features, anchor, previous); None if the band says it.
       memoryless: outputs of one decision depend on no other, so that decisions may go through in any chunks.
+      output_layer: the parameters in which `outputs` are linear, its inputs from (params, features, anchor);
+        None if they feed back into later inputs.
     """
 
     init: Callable[[PRNGKeyArray], Params]
@@ -58,6 +61,7 @@ class Hedger(NamedTuple):
     band: Callable[[Array, Anchor], tuple[Array, Array]] | None = None
     response: Callable[[Params, Array, Anchor, Array], Array] | None = None
     memoryless: bool = False
+    output_layer: OutputLayer | None = None
 
 
 class Policy(NamedTuple):
@@ -153,6 +157,7 @@ def make_band_hedger(
         half_widths = nn.leaky_relu(anchor.half_width[..., None] + raw, 0.01)
         return anchor.centre - half_widths[..., 0], anchor.centre + half_widths[..., 1]
 
+    layer = band_output_layer(network)
     return Hedger(
         init=lambda key: network.init(key, jnp.zeros((1, len(features)))),
         inputs=make_inputs(
@@ -162,6 +167,7 @@ def make_band_hedger(
         position=lambda raw, anchor: band_hedge(*band(raw, anchor)),
         band=band,
         memoryless=True,
+        output_layer=layer._replace(inputs=lambda params, features, anchor: layer.inputs(params, features)),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 Params = Any
 
@@ -54,3 +55,18 @@ def linearize_at(fn: Callable[[Params], Any], params0: Params) -> Linearization:
     value, jvp = jax.linearize(fn, params0)
     transposed = jax.linear_transpose(jvp, params0)
     return Linearization(value, jvp, lambda cotangent: transposed(cotangent)[0])
+
+
+class OutputLayer(NamedTuple):
+    """The parameters in which a network is linear: outputs = inputs(params, *rows) @ weights(params).
+
+    Attributes:
+      inputs: (params, *rows) -> [n_rows, n_inputs], a constant 1 for the bias among them; they do not depend
+        on the weights.
+      weights: params -> [n_inputs, n_outputs].
+      replace: (params, weights) -> params with other weights.
+    """
+
+    inputs: Callable[..., Array]
+    weights: Callable[[Params], Array]
+    replace: Callable[[Params, Array], Params]

@@ -1,10 +1,13 @@
 """The networks: features of one decision (or many) in, raw outputs out. They decide no position."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from dhlnn_jax.linearize import OutputLayer
 
 
 class Perceptron(nn.Module):
@@ -14,16 +17,20 @@ class Perceptron(nn.Module):
       hidden_sizes: width of each hidden layer.
       n_outputs: width of the output.
       output_scale: factor on the initial output weights; below 1 the outputs start near zero, with 0 at it.
+      hidden_only: what the output layer sees instead of what it makes of it (same params).
     """
 
     hidden_sizes: Sequence[int]
     n_outputs: int
     output_scale: float = 1.0
+    hidden_only: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch n_features"]) -> Float[Array, "*batch n_outputs"]:
         for size in self.hidden_sizes:
             x = nn.relu(nn.Dense(size)(x))
+        if self.hidden_only:
+            return x
         scaled = nn.initializers.zeros
         if self.output_scale:
             scaled = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "truncated_normal")
@@ -42,10 +49,31 @@ class BandNetwork(nn.Module):
 
     hidden_sizes: Sequence[int] = (64, 64, 64, 64)
     output_scale: float = 0.1
+    hidden_only: bool = False
 
     @nn.compact
-    def __call__(self, features: Float[Array, "*batch n_features"]) -> Float[Array, "*batch 2"]:
-        return Perceptron(self.hidden_sizes, 2, self.output_scale)(features)
+    def __call__(self, features: Float[Array, "*batch n_features"]) -> Float[Array, "*batch n_outputs"]:
+        return Perceptron(self.hidden_sizes, 2, self.output_scale, self.hidden_only)(features)
+
+
+def band_output_layer(network: BandNetwork) -> OutputLayer:
+    """The output layer of a band network, its bias as the weights of a constant 1."""
+    hidden, name = network.clone(hidden_only=True), f"Dense_{len(network.hidden_sizes)}"
+
+    def inputs(params: Any, features: Array) -> Array:
+        x: Any = hidden.apply(params, features)
+        return jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+
+    def weights(params: Any) -> Array:
+        layer = params["params"]["Perceptron_0"][name]
+        return jnp.concatenate([layer["kernel"], layer["bias"][None]])
+
+    def replace(params: Any, weights: Array) -> Any:
+        layer = {"kernel": weights[:-1], "bias": weights[-1]}
+        layers = {**params["params"]["Perceptron_0"], name: layer}
+        return {**params, "params": {**params["params"], "Perceptron_0": layers}}
+
+    return OutputLayer(inputs, weights, replace)
 
 
 class HedgeNetwork(nn.Module):

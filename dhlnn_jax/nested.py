@@ -46,6 +46,9 @@ class Problem(NamedTuple):
       risk: values -> scalar to be minimized.
       surrogate_value: outputs -> values used by the inner iterations; None for `value` itself.
       linearize: params -> `outputs` linearized there; None for `linearize_at(outputs, params)`.
+      risk_curvature: values -> second derivative of the risk to each, or an approximation; `newton` needs it.
+      output_moments: (params, a, b), each like outputs -> sums over rows of a x^T [n_outputs, n_inputs] and
+        of b x x^T [n_outputs, n_inputs, n_inputs], x the inputs of the output layer; `newton` needs it.
     """
 
     outputs: Callable[[Params], Outputs]
@@ -53,6 +56,8 @@ class Problem(NamedTuple):
     risk: Callable[[Array], Array]
     surrogate_value: Callable[[Outputs], Array] | None = None
     linearize: Callable[[Params], Linearization] | None = None
+    risk_curvature: Callable[[Array], Array] | None = None
+    output_moments: Callable[[Params, Array, Array], tuple[Array, Array]] | None = None
 
 
 class UpdateInfo(NamedTuple):
@@ -63,12 +68,14 @@ class UpdateInfo(NamedTuple):
       gradient_norm: Euclidean norm of its exact gradient.
       n_gradients: gradients taken with respect to the parameters (vector-Jacobian products over the batch).
       outputs: of the network before the update.
+      n_rises: inner steps in a row, outer iterations run together, that raised the linearized objective.
     """
 
     risk: Array
     gradient_norm: Array
     n_gradients: Array
     outputs: Outputs
+    n_rises: Array | int = 0
 
 
 class Update(NamedTuple):
@@ -104,11 +111,13 @@ def optax_update(optimizer: optax.GradientTransformation) -> Update:
 
 
 class NestedState(NamedTuple):
-    """Outer iterations done, Adam's second moment of the exact gradient, the wrapped optimizer's state."""
+    """Outer iterations done, Adam's second moment of the exact gradient, the wrapped optimizer's state, and
+    how many inner steps in a row have raised the linearized objective."""
 
     n_outer: Array
     second_moment: Params
     optimizer: optax.OptState
+    n_rises: Array
 
 
 def nested_update(
@@ -162,7 +171,8 @@ def nested_update(
         raise ValueError(f"n_inner must be at least 1, got {n_inner}")
 
     def init(params: Params) -> NestedState:
-        return NestedState(jnp.asarray(0), jax.tree.map(jnp.zeros_like, params), optimizer.init(params))
+        zero = jnp.asarray(0)
+        return NestedState(zero, jax.tree.map(jnp.zeros_like, params), optimizer.init(params), zero)
 
     def apply(problem: Problem, params0: Params, state: NestedState):
         if problem.linearize is None:
@@ -173,11 +183,13 @@ def nested_update(
         exact_gradient = expansion.vjp(output_gradient)
         objective = _inner_objective(problem, expansion.value, frozen=risk_weights == "frozen")
 
-        def gradient_at(params: Params) -> Params:
+        def objective_at(params: Params) -> tuple[Array, Params]:
+            """Objective and gradient of an inner iteration."""
             if linearization == "none":
-                return jax.grad(lambda w: objective(problem.outputs(w)))(params)
+                return jax.value_and_grad(lambda w: objective(problem.outputs(w)))(params)
             change = expansion.jvp(jax.tree.map(jnp.subtract, params, params0))
-            return expansion.vjp(jax.grad(objective)(jax.tree.map(jnp.add, expansion.value, change)))
+            value, cotangent = jax.value_and_grad(objective)(jax.tree.map(jnp.add, expansion.value, change))
+            return value, expansion.vjp(cotangent)
 
         if problem.surrogate_value is None:
             first_gradient, n_first = exact_gradient, 1  # freezing the weights changes no gradient here
@@ -207,28 +219,35 @@ def nested_update(
         first_step, advanced = inner_step(first_gradient, state.optimizer, params0)
 
         def go_on(carry) -> Array:
-            n_done, _, _, step_norm = carry
+            n_done, _, _, step_norm, _, _ = carry
             return (n_done < n_inner) & (step_norm >= tolerance)
 
         def iterate(carry):
-            n_done, params, inner, _ = carry
-            if inner_update == "frozen_direction":
+            n_done, params, inner, _, reached, n_rises = carry
+            if inner_update == "frozen_direction":  # looks at no objective
                 step = first_step
             else:
-                step, advanced_again = inner_step(gradient_at(params), inner, params)
+                before = reached
+                reached, gradient = objective_at(params)
+                n_rises = jnp.where(reached > before, n_rises + 1, 0)
+                step, advanced_again = inner_step(gradient, inner, params)
                 inner = advanced_again if inner_update == "adam" else inner
-            return n_done + 1, optax.apply_updates(params, step), inner, optax.global_norm(step)
+            moved = optax.apply_updates(params, step)
+            return n_done + 1, moved, inner, optax.global_norm(step), reached, n_rises
 
         first = (
             jnp.asarray(1),
             optax.apply_updates(params0, first_step),
             advanced,
             optax.global_norm(first_step),
+            objective(expansion.value),
+            state.n_rises,
         )
-        n_done, params, kept, _ = jax.lax.while_loop(go_on, iterate, first)
+        n_done, params, kept, _, _, n_rises = jax.lax.while_loop(go_on, iterate, first)
         n_gradients = n_first + (0 if inner_update == "frozen_direction" else n_done - 1)
-        info = UpdateInfo(risk, optax.global_norm(exact_gradient), jnp.asarray(n_gradients), expansion.value)
-        return params, NestedState(n_outer, second_moment, kept), info
+        gradient_norm = optax.global_norm(exact_gradient)
+        info = UpdateInfo(risk, gradient_norm, jnp.asarray(n_gradients), expansion.value, n_rises)
+        return params, NestedState(n_outer, second_moment, kept, n_rises), info
 
     return Update(init, apply, "hedge_ratio" if linearization == "position" else "raw", cost_surrogate)
 

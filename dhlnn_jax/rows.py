@@ -89,6 +89,36 @@ def linearize_rows(
     )
 
 
+def sum_over_live_rows(
+    fn: Callable[..., Any],
+    params: Params,
+    *rows: Rows,
+    cotangent: Array,
+    chunk_size: int | None,
+    mesh: Mesh | None = None,
+) -> Any:
+    """`fn(params, *rows, cotangent)` for an fn that is a sum over rows, from those of non-zero cotangent.
+
+    Args:
+      fn: its value, any pytree, is a sum over rows in which a row of zero cotangent counts nothing.
+      cotangent: [n_rows, ...]. chunk_size, mesh: as for `in_chunks`.
+    """
+    if chunk_size is None:
+        return fn(params, *rows, cotangent)
+
+    def total(params: Params, rows: tuple, cotangent: Array) -> Any:
+        return _sum_live_chunks(fn, params, rows, cotangent, chunk_size)
+
+    if mesh is None:
+        return total(params, rows, cotangent)
+    every, shared = PartitionSpec(), PartitionSpec(*mesh.axis_names)
+
+    def summed(params: Params, rows: tuple, cotangent: Array) -> Any:
+        return jax.lax.psum(total(params, rows, cotangent), mesh.axis_names)
+
+    return _on_mesh(summed, mesh, (every, shared, shared), every)(params, rows, cotangent)
+
+
 def _is_primal(x: Any) -> bool:
     return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
 
@@ -108,7 +138,10 @@ def _kernels(apply_fn: ApplyRows, chunk_size: int, mesh: Mesh | None) -> tuple[C
         return _map_chunks(change, rows, chunk_size)
 
     def pullback(params: Params, rows: tuple, cotangent: Array) -> Params:
-        return _sum_live_chunks(apply_fn, params, rows, cotangent, chunk_size)
+        def of_chunk(params: Params, *chunk: Any) -> Params:
+            return jax.vjp(lambda w: apply_fn(w, *chunk[:-1]), params)[1](chunk[-1])[0]
+
+        return _sum_live_chunks(of_chunk, params, rows, cotangent, chunk_size)
 
     if mesh is None:
         return values, pushforward, pullback
@@ -117,25 +150,27 @@ def _kernels(apply_fn: ApplyRows, chunk_size: int, mesh: Mesh | None) -> tuple[C
     (axis,) = mesh.axis_names
     every, shared = PartitionSpec(), PartitionSpec(axis)
 
-    def sharded(kernel: Callable, in_specs: tuple, out_specs: PartitionSpec) -> Callable:
-        on_mesh = jax.shard_map(kernel, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-        def checked(params: Params, rows: tuple, *rest: Any) -> Any:
-            n_rows = _n_rows(rows)
-            if n_rows % mesh.size:
-                raise ValueError(f"{n_rows} rows cannot be shared evenly by {mesh.size} devices")
-            return on_mesh(params, rows, *rest)
-
-        return checked
-
     def summed_pullback(params: Params, rows: tuple, cotangent: Array) -> Params:
         return jax.lax.psum(pullback(params, rows, cotangent), axis)
 
     return (
-        sharded(values, (every, shared), shared),
-        sharded(pushforward, (every, shared, every), shared),
-        sharded(summed_pullback, (every, shared, shared), every),
+        _on_mesh(values, mesh, (every, shared), shared),
+        _on_mesh(pushforward, mesh, (every, shared, every), shared),
+        _on_mesh(summed_pullback, mesh, (every, shared, shared), every),
     )
+
+
+def _on_mesh(kernel: Callable, mesh: Mesh, in_specs: tuple, out_specs: PartitionSpec) -> Callable:
+    """`kernel(params, rows, ...)` by every device on its own rows."""
+    sharded = jax.shard_map(kernel, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def checked(params: Params, rows: tuple, *rest: Any) -> Any:
+        n_rows = _n_rows(rows)
+        if n_rows % mesh.size:
+            raise ValueError(f"{n_rows} rows cannot be shared evenly by {mesh.size} devices")
+        return sharded(params, rows, *rest)
+
+    return checked
 
 
 def _n_rows(rows: tuple) -> int:
@@ -167,27 +202,26 @@ def _map_chunks(fn: Callable[..., Array], rows: tuple, chunk_size: int) -> Array
 
 
 def _sum_live_chunks(
-    apply_fn: ApplyRows,
+    fn: Callable[..., Any],
     params: Params,
     rows: tuple,
     cotangent: Float[Array, " n_rows *shape"],
     chunk_size: int,
-) -> Params:
-    """Cotangent of params from the rows whose own cotangent is not zero: ceil(n_live / chunk_size) chunks."""
+) -> Any:
+    """Sum of `fn(params, *chunk, its cotangent)` over ceil(n_live / chunk_size) chunks of live rows."""
     n_rows = cotangent.shape[0]
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, params, *rows, cotangent))
     if n_rows == 0:
         return zeros
     size = min(chunk_size, n_rows)
     live, n_live = _live_first(jnp.any(cotangent.reshape(n_rows, -1) != 0, axis=1), size)
 
-    def add(i: Array, total: Params) -> Params:
+    def add(i: Array, total: Any) -> Any:
         taken = jax.lax.dynamic_slice_in_dim(live, i * size, size)
         chunk, y_bar = jax.tree.map(lambda x: x.at[taken].get(mode="promise_in_bounds"), (rows, cotangent))
         padding = i * size + jnp.arange(size) >= n_live
         y_bar = jnp.where(padding.reshape(size, *(1,) * (y_bar.ndim - 1)), 0, y_bar)
-        (w_bar,) = jax.vjp(lambda w: apply_fn(w, *chunk), params)[1](y_bar)
-        return jax.tree.map(jnp.add, total, w_bar)
+        return jax.tree.map(jnp.add, total, fn(params, *chunk, y_bar))
 
     return jax.lax.fori_loop(0, (n_live + size - 1) // size, add, zeros)
 

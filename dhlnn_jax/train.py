@@ -14,7 +14,7 @@ from dhlnn_jax.market import Sampler
 from dhlnn_jax.nested import Problem, Update
 from dhlnn_jax.pnl import COST_MODELS, Contract, contract_pnl, turnover
 from dhlnn_jax.risk import entropic_risk_measure, expected_shortfall, quadratic_risk
-from dhlnn_jax.rows import in_chunks, linearize_rows
+from dhlnn_jax.rows import in_chunks, linearize_rows, sum_over_live_rows
 from dhlnn_jax.settings import Settings
 
 Params = Any
@@ -24,6 +24,12 @@ OBJECTIVES: dict[str, Objective] = {
     "entropic": lambda pnl, s: entropic_risk_measure(pnl, risk_aversion=s.risk_aversion),
     "expected_shortfall": lambda pnl, s: expected_shortfall(pnl, tail_prob=s.tail_prob),
     "quadratic": lambda pnl, s: quadratic_risk(pnl, risk_aversion=s.risk_aversion),
+}
+
+# Second derivative of an objective to the PnL of each path, but for the rank-one part that all paths share.
+CURVATURES: dict[str, Objective] = {
+    "entropic": lambda pnl, s: s.risk_aversion * jax.nn.softmax(-s.risk_aversion * pnl),
+    "quadratic": lambda pnl, s: jnp.full_like(pnl, s.risk_aversion / pnl.shape[0]),
 }
 
 
@@ -44,6 +50,7 @@ class TrainInfo(NamedTuple):
       turnover: mean units traded a path; 0 means that nobody trades.
       finite: whether all outputs of the network were. A band that is not a number is never left, so that
         risk and gradient alone would look sound.
+      n_rises: inner steps in a row that raised the linearized objective, see `nested.UpdateInfo`.
     """
 
     risk: Array
@@ -51,6 +58,7 @@ class TrainInfo(NamedTuple):
     n_gradients: Array
     turnover: Array
     finite: Array
+    n_rises: Array
 
 
 TrainStep = Callable[[TrainState, PRNGKeyArray, Settings], tuple[TrainState, TrainInfo]]
@@ -70,6 +78,7 @@ def make_train_step(
     update: Update,
     *,
     n_paths: int = 10_000,
+    curvature: Objective | None = None,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
 ) -> TrainStep:
@@ -78,6 +87,7 @@ def make_train_step(
     Args:
       objective: `(pnl [n_paths], settings) -> risk`.
       n_paths: paths a step.
+      curvature: of the objective, from `CURVATURES`, for updates that solve with it.
       chunk_size: decisions that go through the network at a time, see `rows.in_chunks`; None: all at once.
       mesh: devices that share the paths evenly, over its one axis; the state is the same on all of them.
     Returns: `step(state, key, settings) -> (state, info)`.
@@ -120,11 +130,15 @@ def make_train_step(
             risk=lambda pnl: objective(pnl, settings),
             surrogate_value=None if exact else lambda y: pnl_of(surrogate, hedge(y)),
             linearize=linearize,
+            risk_curvature=None if curvature is None else lambda pnl: curvature(pnl, settings),
+            output_moments=None if hedger.output_layer is None else network.output_moments,
         )
         params, update_state, info = update.apply(problem, state.params, state.update)
         mean_turnover = jnp.mean(jax.vmap(turnover)(hedge(info.outputs)))
         finite = jnp.all(jnp.isfinite(info.outputs))
-        diagnostics = TrainInfo(info.risk, info.gradient_norm, info.n_gradients, mean_turnover, finite)
+        diagnostics = TrainInfo(
+            info.risk, info.gradient_norm, info.n_gradients, mean_turnover, finite, jnp.asarray(info.n_rises)
+        )
         return TrainState(params, update_state, state.epoch + 1), diagnostics
 
     return step
@@ -173,6 +187,20 @@ class _RowNetwork(NamedTuple):
             self._by_path(rows.value),
             lambda tangent: self._by_path(rows.jvp(tangent)),
             lambda cotangent: rows.vjp(flat(cotangent)),
+        )
+
+    def output_moments(self, params: Params, linear: Array, quadratic: Array) -> tuple[Array, Array]:
+        """See `nested.Problem`; a row without a linear part has no quadratic one."""
+        layer = self.hedger.output_layer
+        assert layer is not None and self.hedger.memoryless
+
+        def moments(params: Params, features: Array, anchor: Anchor, both: Array) -> tuple[Array, Array]:
+            x, (a, b) = layer.inputs(params, features, anchor), both.T
+            return a @ x, jax.vmap(lambda b: (b[:, None] * x).T @ x)(b)
+
+        both = jnp.stack([_merge(linear), _merge(quadratic)], axis=-1)
+        return sum_over_live_rows(
+            moments, params, *self._rows, cotangent=both, chunk_size=self.chunk_size, mesh=self._chunk_mesh
         )
 
 

@@ -355,3 +355,14 @@ def test_nested_training_fits_a_users_own_regression(inner_update):
     assert float(info.risk[30]) < 0.5 * float(info.risk[0])
     assert jax.tree.structure(history) == jax.tree.structure(PARAMS)
     assert int(info.n_gradients[0]) == 5
+
+
+@pytest.mark.parametrize(("rate", "rising"), [(1e-3, False), (10.0, True)])
+def test_inner_steps_that_raise_the_linearized_objective_are_counted(rate, rising):
+    """A parabola: SGD with a rate above 2 moves further away with every step."""
+    problem = Problem(outputs=lambda w: w, value=lambda y: jnp.square(y), risk=lambda v: 0.5 * jnp.sum(v))
+    update = nested_update(optax.sgd(rate), learning_rate=rate, n_inner=5, inner_update="sgd")
+    params, state = jnp.ones(2), update.init(jnp.ones(2))
+    for n in range(1, 4):
+        params, state, info = update.apply(problem, params, state)
+        assert info.n_rises == (4 * n if rising else 0)  # the last of the five is not looked at
