@@ -117,6 +117,7 @@ def print_report(results: Results) -> None:
             f"{report['train_seconds']:.1f}" if report["paths_simulated"] else "–",
         )
     console.print(table)
+    _print_seeds(console, results)
     if optimum is not None:
         print(
             f"exact optimum of the entropic risk: {optimum['value']:.7f} (numerical error "
@@ -149,6 +150,35 @@ def print_report(results: Results) -> None:
     print(f"results: {results.folder}")
     for figure in sorted(results.folder.glob("*.png")):
         print(f"figure: {figure}")
+
+
+def _print_seeds(console: Any, results: Results) -> None:
+    """What the table leaves out where its rows are means over seeds: how far apart the seeds are."""
+    from rich.table import Table
+
+    several = {name: r["by_seed"] for name, r in results.metrics["methods"].items() if "by_seed" in r}
+    if not several:
+        return
+    print(
+        f"trained methods: mean over {results.config.seeds} seeds ± 1 standard error from paths and seeds "
+        "together (train s: all of them; ESS: the smallest)\n"
+    )
+    metric, by_regret = objective_metric(results.config), "optimum" in results.metrics
+    what = "regret, %" if by_regret else _COLUMNS[metric]
+
+    def number_of(own: dict[str, Any]) -> float | None:
+        return own["regret"]["percent"] if by_regret else own["final"][metric]["value"]
+
+    table = Table(title=f"{what}, by seed", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for heading in ("smallest", "largest"):
+        table.add_column(heading, justify="right")
+    for name, seeds in several.items():
+        known = sorted((x, own["seed"]) for own in seeds if (x := number_of(own)) is not None)
+        digits = 2 if by_regret else 6
+        ends = [f"{x:.{digits}f} (seed {seed})" for x, seed in (known[0], known[-1])] if known else ["–", "–"]
+        table.add_row(label_of(name), *ends)
+    console.print(table)
 
 
 def _paired(results: Results, a: str, b: str, metric: str) -> tuple[float | None, float | None]:
@@ -255,10 +285,15 @@ def risk_by_epoch(results: Results) -> Figure | None:
         report = reports[name]
         final = report["final"][metric]["value"]
         if "training" in report:
-            curve = report["training"]
-            axis.plot(curve["epoch"], curve["risk"], linewidth=0.8, alpha=0.45, color=style["color"])
-            axis.plot(curve["validation_epoch"], curve["validation_risk"], marker="o", markersize=3, **style)
-            measured = report["history"]
+            curves = [own["training"] for own in report.get("by_seed", [report])]
+            curve, validated = curves[0], np.array([own["validation_risk"] for own in curves])
+            thin = {"linewidth": 0.8, "alpha": 0.45, "color": style["color"]}
+            if len(curves) == 1:
+                axis.plot(curve["epoch"], curve["risk"], **thin)
+            else:
+                axis.plot(curve["validation_epoch"], validated.T, **thin)
+            axis.plot(curve["validation_epoch"], validated.mean(axis=0), marker="o", markersize=3, **style)
+            measured = report["history"] if len(curves) == 1 else []
             if measured:
                 axis.errorbar(
                     [m["epoch"] for m in measured],
@@ -269,7 +304,7 @@ def risk_by_epoch(results: Results) -> Figure | None:
                     color=style["color"],
                     capsize=3,
                 )
-            levels += curve["validation_risk"]
+            levels += validated.ravel().tolist()
         elif name != "no_hedge" and final is not None and results.config.risk.kind != "quadratic":
             if not tail_not_estimable(report) or metric != "entropic_risk_measure":
                 axis.axhline(final, linewidth=1.2, **style)
@@ -289,7 +324,10 @@ def risk_by_epoch(results: Results) -> Figure | None:
     axis.set_xlabel("epoch (one update on fresh paths each)")
     axis.set_ylabel(f"{_OBJECTIVE_LABELS[results.config.risk.kind]} (money)")
     squares = "; squares: test paths ± 2 s.e." if results.config.evaluation.epochs else ""
-    axis.set_title(f"points: validation; thin lines: training batches{squares}", fontsize=10)
+    title = f"points: validation; thin lines: training batches{squares}"
+    if results.config.seeds > 1:
+        title = f"points: validation risk, mean over {results.config.seeds} seeds; thin lines: every seed"
+    axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure

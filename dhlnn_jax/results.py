@@ -3,6 +3,7 @@
 config.toml       the resolved configuration
 metrics.json      every number of the table, its standard error, counts and seconds
 pnl.npz           per test path: payoff, final_spot, group_id, and <method>/{trading_gain,trading_cost,pnl}
+                  (with several seeds these, the sample path and the bands are the first one's)
 sample_path.npz   the first test path: spot, time, and <method>/{hedge_ratio,band_lower,band_upper}
 bands.npz         simulated markets: spot, decision, and <method>/{band_lower,band_upper} over them
 params/<method>/  parameters of the best and of the last epoch (orbax), of the first seed; those of
