@@ -27,9 +27,10 @@ from dhlnn_jax.evaluate import (
     standard_errors,
 )
 from dhlnn_jax.fitting import build_policy
-from dhlnn_jax.fleet import Member, fleet_evaluator, layout_of, member_of, seeds_of, stacked
+from dhlnn_jax.fleet import Member, fleet_evaluator, layout_of, member_of, on_host, seeds_of, stacked
 from dhlnn_jax.hedger import Policy
 from dhlnn_jax.methods import METHODS
+from dhlnn_jax.optimal import optimal_policies
 from dhlnn_jax.report import MIN_EFFECTIVE_PATHS
 from dhlnn_jax.trainer import TrainedMember, TrainedMethod, train_method
 
@@ -107,21 +108,24 @@ def _rows(
     optimal: Sequence[Row | None],
     trained: TrainedMethod | None,
 ) -> list[Row]:
-    if name == "optimal" and len(cases) > 1:  # each case has a band of its own
-        return [_rows(name, [c], [g], [o], None)[0] for c, g, o in zip(cases, groups, optimal, strict=True)]
     members = [member for group in groups for member in group]
     first = cases[0]
-    policy = build_policy(name, first.config, first.source.market_settings)
     params = None
+    if name == "optimal":  # every case has a band of its own
+        policy, params = optimal_policies([case.optimum for case in cases if case.optimum is not None])
+    else:
+        policy = build_policy(name, first.config, first.source.market_settings)
     if trained is not None:
         which = first.config.evaluation.parameters
         params = stacked([getattr(one, which) for one in trained.members])
     layout = layout_of(len(members), n_paths=1, devices=first.config.training.devices)
     evaluate = fleet_evaluator(policy, first.contract, mesh=layout.members)
-    money = evaluate(
-        params,
-        [member.source.test for member in members],
-        stacked([member.source.test_settings for member in members]),
+    money = on_host(
+        evaluate(
+            params,
+            [member.source.test for member in members],
+            stacked([member.source.test_settings for member in members]),
+        )
     )
     rows, done = [], 0
     for case, group, best in zip(cases, groups, optimal, strict=True):

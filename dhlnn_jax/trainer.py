@@ -211,10 +211,12 @@ class _Trainer:
                     best[i] = leaf
 
     def _measure(self) -> None:
-        money = self._validation.evaluate(
-            on_host(self._state.params),
-            [member.source.test for member in self._members],
-            stacked([member.source.test_settings for member in self._members]),
+        money = on_host(
+            self._validation.evaluate(
+                on_host(self._state.params),
+                [member.source.test for member in self._members],
+                stacked([member.source.test_settings for member in self._members]),
+            )
         )
         for i, (member, log) in enumerate(zip(self._members, self._log["members"], strict=True)):
             measurement = measure(member_of(money, i), member.source.test_settings)
