@@ -61,9 +61,13 @@ def print_sweep(results: SweepResults) -> None:
         )
     for note in results["notes"]:
         print(f"note: {note}", file=sys.stderr)
+    where: dict[str, list[str]] = {}
     for point in points:
         for note in point["notes"]:
-            print(f"note: at {label_of_point(point['at'])}: {note}", file=sys.stderr)
+            where.setdefault(note, []).append(label_of_point(point["at"]))
+    for note, at_points in where.items():
+        at_all = "every point" if len(at_points) == len(points) else "; ".join(at_points)
+        print(f"note: at {at_all}: {note}", file=sys.stderr)
 
 
 def _title(results: SweepResults) -> str:
