@@ -30,6 +30,8 @@ class Solved(NamedTuple):
     band_upper: np.ndarray
 
 
+BandTables = dict[str, Any]  # "lower", "upper": edges [n_steps, ...]; the rest says where
+
 SolveAt = Callable[[float, np.ndarray], Solved]  # (resolution, hedge ratios) -> one solve
 
 
@@ -258,7 +260,7 @@ def rounding(spot0: float, risk_aversion: float) -> float:
     return 1e-10 * spot0 + 1e-13 / risk_aversion
 
 
-def check_path(path: MarketPath, edges: np.ndarray) -> None:
+def check_path(path: MarketPath, edges: Any) -> None:
     """Raises: ValueError unless a band was solved for as many decisions as the path has."""
     if path.spot.shape != edges.shape[:1]:
         raise ValueError(f"solved for {edges.shape[0]} steps, the path has {path.spot.shape[0]} decisions")

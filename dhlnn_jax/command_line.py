@@ -6,6 +6,7 @@
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dhlnn_jax.errors import UsageError
@@ -27,9 +28,26 @@ Prints the table and redraws the figures of each results folder, from its files 
 """
 
 
+_SWEEP_USAGE = """usage: python scripts/sweep.py CONFIG --over OPTION VALUE ... [--section.key value ...]
+
+Trains every method of a TOML file (see configs/) at every value of an option, or at every point of a grid of
+several, all in one program a method, and writes sweep.json and sweep.png.
+
+  --over OPTION VALUE ...  what is swept, given once for each option: {options}
+  --seeds N                hedgers of each trained method at each point, from seeds seed, seed + 1, ...
+  --out FOLDER             default: that of the config, with _sweep at its end
+  --overwrite              replace an earlier sweep in the same folder
+  --section.key value      any other option of scripts/run.py (see its --help); evaluation.epochs is not used
+
+example, figure 6 of the paper (not trading is optimal at all its costs):
+  python scripts/sweep.py configs/paper_european.toml --contract.strike 1.2 \\
+    --over cost.rate 2e-3 4e-3 6e-3 8e-3
+"""
+
+
 def main(command: str, arguments: Sequence[str]) -> int:
     """Runs a script's command; returns its exit code."""
-    commands = {"run": _run, "report": _report}
+    commands = {"run": _run, "report": _report, "sweep": _sweep}
     try:
         return commands[command](list(arguments))
     except UsageError as error:
@@ -42,7 +60,8 @@ def main(command: str, arguments: Sequence[str]) -> int:
         print(f"{command}.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{command}.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        rest = "; --resume goes on from the last checkpoint" if command == "run" else ", nothing was written"
+        print(f"{command}.py: interrupted{rest}", file=sys.stderr)
         return 130
 
 
@@ -105,6 +124,35 @@ def _report(arguments: list[str]) -> int:
     for results in [read_results(folder) for folder in arguments]:
         report.write_figures(results)
         report.print_report(results)
+    return 0
+
+
+def _sweep(arguments: list[str]) -> int:
+    from dhlnn_jax.sweep import OPTIONS, claim_sweep, parse_over, sweep, write_sweep
+
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        usage = _SWEEP_USAGE.format(options=", ".join(OPTIONS))
+        print(usage, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    overwrite = "--overwrite" in arguments
+    path, *rest = [argument for argument in arguments if argument != "--overwrite"] or [""]
+    if not path or path.startswith("--"):
+        raise UsageError("the config file comes first: sweep.py CONFIG --over OPTION VALUE ...; see --help")
+    over, overrides = parse_over(rest)
+    from dhlnn_jax import runtime
+    from dhlnn_jax.config import load_config
+
+    config = load_config(path, [*overrides, "--evaluation.epochs="])  # sweeps measure at the end only
+    given = any(argument.split("=")[0] == "--out" for argument in overrides)
+    folder = Path(config.out if given else f"{config.out}_sweep")
+    claim_sweep(folder, overwrite=overwrite)
+    from dhlnn_jax.sweep_report import print_sweep, write_figure
+
+    runtime.prepare(devices=config.training.devices)
+    results = sweep(config, over)
+    written = write_sweep(results, folder)
+    print_sweep(results)
+    print(f"results: {written}\nfigure: {write_figure(results, folder)}")
     return 0
 
 

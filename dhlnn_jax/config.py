@@ -273,6 +273,11 @@ class Config(_Section):
     """One experiment."""
 
     seed: int = Field(0, ge=0, description="of all random numbers")
+    seeds: int = Field(
+        1,
+        gt=0,
+        description="hedgers of each trained method, from seeds seed, seed + 1, ...; trained in one program",
+    )
     methods: tuple[str, ...] = Field(
         ("dhlnn", "dhntb", "dhmlp", "whalley_wilmott", "bsdh", "no_hedge"), description="rows of the table"
     )

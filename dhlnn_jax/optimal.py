@@ -14,7 +14,7 @@ Host-level numpy in float64, whatever the caller's JAX precision.
 Source: Hodges and Neuberger (1989); Davis, Panas and Zariphopoulou (1993), in discrete time and log space.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, SupportsFloat
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from dhlnn_jax.bellman import (
     CUT,
+    BandTables,
     NormalStep,
     SolveAt,
     Solved,
@@ -43,7 +44,7 @@ from dhlnn_jax.bellman import (
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.hedge import band_hedge
 from dhlnn_jax.hedger import Policy, rule_policy
-from dhlnn_jax.market import MarketPath
+from dhlnn_jax.market import MarketPath, observed_path
 from dhlnn_jax.optimal_lookback import LookbackHedge, solve_lookback
 from dhlnn_jax.payoff import CLAIMS, Claim
 from dhlnn_jax.pnl import Contract, proportional_cost
@@ -75,15 +76,23 @@ class OptimalHedge(NamedTuple):
     hedge_ratio_limits: tuple[float, float]
     notes: tuple[str, ...]
 
-    def band(self, path: MarketPath, settings: Settings) -> tuple[jax.Array, jax.Array]:
+    @property
+    def tables(self) -> BandTables:
+        """The arrays that the band is read from."""
+        return {"log_spot": np.log(self.spot), "lower": self.band_lower, "upper": self.band_upper}
+
+    @staticmethod
+    def band_from(tables: BandTables, path: MarketPath) -> tuple[jax.Array, jax.Array]:
         """Edges along an observed path [n_steps]: linear in the log spot, constant beyond the grid."""
-        del settings
-        check_path(path, self.band_lower)
+        check_path(path, tables["lower"])
         log_spot, dtype = jnp.log(path.spot), path.spot.dtype
         at = jax.vmap(jnp.interp, in_axes=(0, None, 0))
-        grid = jnp.asarray(np.log(self.spot), dtype)
-        lower, upper = (jnp.asarray(edge, dtype) for edge in (self.band_lower, self.band_upper))
+        grid, lower, upper = (jnp.asarray(tables[x], dtype) for x in ("log_spot", "lower", "upper"))
         return at(log_spot, grid, lower), at(log_spot, grid, upper)
+
+    def band(self, path: MarketPath, settings: Settings) -> tuple[jax.Array, jax.Array]:
+        """`band_from` of its own tables; what the settings say is not looked at."""
+        return self.band_from(self.tables, path)
 
 
 def solve_european(
@@ -147,6 +156,36 @@ Optimum = OptimalHedge | LookbackHedge
 def optimal_policy(optimum: Optimum) -> Policy:
     """The solved band as a policy on any paths (`params=None`); what the settings say is not looked at."""
     return rule_policy(lambda path, settings: band_hedge(*optimum.band(path, settings)), optimum.band)
+
+
+def optimal_policies(optima: Sequence[Optimum]) -> tuple[Policy, BandTables]:
+    """One policy for several optima of the same claim, and its params: their tables, [n_optima, ...] each.
+
+    Numerics: smaller tables are continued beyond the ends of their grids, where bands are constant.
+    """
+    band_from, every = optima[0].band_from, [optimum.tables for optimum in optima]
+
+    def band(tables: BandTables, path: MarketPath, settings: Settings) -> tuple[jax.Array, jax.Array]:
+        return band_from(tables, observed_path(path))
+
+    def hedge_ratio(tables: BandTables, path: MarketPath, settings: Settings) -> jax.Array:
+        return band_hedge(*band(tables, path, settings))
+
+    largest = np.max([tables["lower"].shape for tables in every], axis=0)
+    continued = [_continued(tables, largest) for tables in every]
+    return Policy(hedge_ratio, band), jax.tree.map(lambda *arrays: np.stack(arrays), *continued)
+
+
+def _continued(tables: BandTables, shape: np.ndarray) -> BandTables:
+    """Edges repeated up to `shape`; the grid of their second axis, the only one there is, goes on."""
+    missing = [(0, int(wanted) - had) for wanted, had in zip(shape, tables["lower"].shape, strict=True)]
+
+    def of(name: str, array: np.ndarray) -> np.ndarray:
+        if name in ("lower", "upper"):
+            return np.pad(array, missing, mode="edge")
+        return array if np.ndim(array) == 0 else np.append(array, array[-1] + 1.0 + np.arange(missing[1][1]))
+
+    return {name: of(name, np.asarray(array)) for name, array in tables.items()}
 
 
 def solve_contract(contract: Contract, settings: Settings, *, n_steps: int) -> Optimum:

@@ -18,6 +18,7 @@ from scipy.interpolate import CubicSpline
 
 from dhlnn_jax.bellman import (
     CUT,
+    BandTables,
     Solved,
     backward,
     check_memory,
@@ -62,14 +63,30 @@ class LookbackHedge(NamedTuple):
     hedge_ratio_limits: tuple[float, float]
     notes: tuple[str, ...]
 
+    @property
+    def tables(self) -> BandTables:
+        """The arrays that the band is read from."""
+        return {
+            "strike": self.strike,
+            "log_maximum": np.log(self.maximum),
+            "first": self.log_drawdown[0],
+            "spacing": self.log_drawdown[1] - self.log_drawdown[0],
+            "lower": self.band_lower,
+            "upper": self.band_upper,
+        }
+
     def band(self, path: MarketPath, settings: Settings) -> tuple[jax.Array, jax.Array]:
+        """`band_from` of its own tables; what the settings say is not looked at."""
+        return self.band_from(self.tables, path)
+
+    @staticmethod
+    def band_from(tables: BandTables, path: MarketPath) -> tuple[jax.Array, jax.Array]:
         """Edges along an observed path [n_steps]: linear in log(m) and the log drawdown, constant beyond."""
-        del settings
-        check_path(path, self.band_lower)
+        check_path(path, tables["lower"])
         dtype = path.spot.dtype
-        maximum = jnp.maximum(jax.lax.cummax(path.spot), jnp.asarray(self.strike, dtype))
-        grid = jnp.asarray(np.log(self.maximum), dtype)
-        first, spacing = self.log_drawdown[0], self.log_drawdown[1] - self.log_drawdown[0]
+        maximum = jnp.maximum(jax.lax.cummax(path.spot), jnp.asarray(tables["strike"], dtype))
+        grid = jnp.asarray(tables["log_maximum"], dtype)
+        first, spacing = tables["first"], tables["spacing"]
         at = (
             jnp.arange(len(path.spot), dtype=dtype),
             jnp.interp(jnp.log(maximum), grid, jnp.arange(len(grid), dtype=dtype)),
@@ -77,7 +94,7 @@ class LookbackHedge(NamedTuple):
         )
         lower, upper = (
             jax.scipy.ndimage.map_coordinates(jnp.asarray(edge, dtype), at, order=1, mode="nearest")
-            for edge in (self.band_lower, self.band_upper)
+            for edge in (tables["lower"], tables["upper"])
         )
         return lower, upper
 

@@ -1,6 +1,7 @@
 """Tables and figures of finished runs, from what their results folder holds and nothing else."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ _COLOURS = (
 _LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (4, 2)), (0, (6, 2, 1, 2)))
 _OPTIMUM = {"color": "0.45", "linestyle": "-"}
 
-_COLUMNS = {
+COLUMNS = {
     "entropic_risk_measure": "entropic risk",
     "expected_shortfall": "expected shortfall",
     "value_at_risk": "value at risk",
@@ -55,7 +56,8 @@ def tail_not_estimable(report: dict[str, Any]) -> bool:
     return report["estimator"] == "simulation" and (ess is None or ess < MIN_EFFECTIVE_PATHS)
 
 
-def _cell(metric: str, report: dict[str, Any]) -> str:
+def cell(metric: str, report: dict[str, Any]) -> str:
+    """A metric of a row as text, with its standard error."""
     number = report["final"][metric]
     if metric == "entropic_risk_measure" and tail_not_estimable(report):
         ess = report["effective_sample_size"]
@@ -68,7 +70,7 @@ def _cell(metric: str, report: dict[str, Any]) -> str:
     return f"{number['value']:.6f} ± {error}"
 
 
-def _regret_cells(report: dict[str, Any]) -> tuple[str, str]:
+def regret_cells(report: dict[str, Any]) -> tuple[str, str]:
     """Regret in money, and in percent of the optimum."""
     number = report["regret"]
     if tail_not_estimable(report):
@@ -98,7 +100,7 @@ def print_report(results: Results) -> None:
 
     table = Table(title=_title(results), title_justify="left")
     table.add_column("method", no_wrap=True)
-    for name, heading in _COLUMNS.items():
+    for name, heading in COLUMNS.items():
         table.add_column(heading + (" ◂" if name == metric else ""), justify="right")
         if name == "entropic_risk_measure" and optimum is not None:
             table.add_column("regret", justify="right")
@@ -107,9 +109,9 @@ def print_report(results: Results) -> None:
     table.add_column("train s", justify="right")
     for name, report in reports.items():
         ess = report["effective_sample_size"]
-        cells = [_cell(column, report) for column in _COLUMNS]
+        cells = [cell(column, report) for column in COLUMNS]
         if optimum is not None:
-            cells[1:1] = _regret_cells(report)
+            cells[1:1] = regret_cells(report)
         table.add_row(
             label_of(name),
             *cells,
@@ -117,6 +119,7 @@ def print_report(results: Results) -> None:
             f"{report['train_seconds']:.1f}" if report["paths_simulated"] else "–",
         )
     console.print(table)
+    _print_seeds(console, results)
     if optimum is not None:
         print(
             f"exact optimum of the entropic risk: {optimum['value']:.7f} (numerical error "
@@ -130,7 +133,7 @@ def print_report(results: Results) -> None:
     )
     if best is not None and len(reports) > 1:
         against = Table(
-            title=f"{_COLUMNS[metric]} less that of {label_of(best)} (paired)", title_justify="left"
+            title=f"{COLUMNS[metric]} less that of {label_of(best)} (paired)", title_justify="left"
         )
         against.add_column("method", no_wrap=True)
         against.add_column("difference ± standard error", justify="right")
@@ -149,6 +152,35 @@ def print_report(results: Results) -> None:
     print(f"results: {results.folder}")
     for figure in sorted(results.folder.glob("*.png")):
         print(f"figure: {figure}")
+
+
+def _print_seeds(console: Any, results: Results) -> None:
+    """What the table leaves out where its rows are means over seeds: how far apart the seeds are."""
+    from rich.table import Table
+
+    several = {name: r["by_seed"] for name, r in results.metrics["methods"].items() if "by_seed" in r}
+    if not several:
+        return
+    print(
+        f"trained methods: mean over {results.config.seeds} seeds ± 1 standard error from paths and seeds "
+        "together (train s: all of them; ESS: the smallest)\n"
+    )
+    metric, by_regret = objective_metric(results.config), "optimum" in results.metrics
+    what = "regret, %" if by_regret else COLUMNS[metric]
+
+    def number_of(own: dict[str, Any]) -> float | None:
+        return own["regret"]["percent"] if by_regret else own["final"][metric]["value"]
+
+    table = Table(title=f"{what}, by seed", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for heading in ("smallest", "largest"):
+        table.add_column(heading, justify="right")
+    for name, seeds in several.items():
+        known = sorted((x, own["seed"]) for own in seeds if (x := number_of(own)) is not None)
+        digits = 2 if by_regret else 6
+        ends = [f"{x:.{digits}f} (seed {seed})" for x, seed in (known[0], known[-1])] if known else ["–", "–"]
+        table.add_row(label_of(name), *ends)
+    console.print(table)
 
 
 def _paired(results: Results, a: str, b: str, metric: str) -> tuple[float | None, float | None]:
@@ -196,11 +228,11 @@ def write_figures(results: Results) -> list[Path]:
     return written
 
 
-def _styles(results: Results) -> dict[str, dict[str, Any]]:
+def styles_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour, line and label of each method, the same in every figure of every run."""
     order = [name for name in METHODS if name != "optimal"]
     styles = {}
-    for name in results.metrics["methods"]:
+    for name in names:
         i = order.index(name) if name != "optimal" else 0
         style = {
             "color": _COLOURS[i % len(_COLOURS)],
@@ -226,7 +258,7 @@ def pnl_histogram(results: Results) -> Figure:
     }
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, scale in zip(axes, ("linear", "log"), strict=True):
-        for name, style in _styles(results).items():
+        for name, style in styles_of(results.metrics["methods"]).items():
             axis.stairs(densities[name], bins, linewidth=1.6, **style)
         axis.set_yscale(scale)
         axis.set_xlabel(
@@ -251,14 +283,19 @@ def risk_by_epoch(results: Results) -> Figure | None:
         return None
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     levels = []
-    for name, style in _styles(results).items():
+    for name, style in styles_of(results.metrics["methods"]).items():
         report = reports[name]
         final = report["final"][metric]["value"]
         if "training" in report:
-            curve = report["training"]
-            axis.plot(curve["epoch"], curve["risk"], linewidth=0.8, alpha=0.45, color=style["color"])
-            axis.plot(curve["validation_epoch"], curve["validation_risk"], marker="o", markersize=3, **style)
-            measured = report["history"]
+            curves = [own["training"] for own in report.get("by_seed", [report])]
+            curve, validated = curves[0], np.array([own["validation_risk"] for own in curves])
+            thin = {"linewidth": 0.8, "alpha": 0.45, "color": style["color"]}
+            if len(curves) == 1:
+                axis.plot(curve["epoch"], curve["risk"], **thin)
+            else:
+                axis.plot(curve["validation_epoch"], validated.T, **thin)
+            axis.plot(curve["validation_epoch"], validated.mean(axis=0), marker="o", markersize=3, **style)
+            measured = report["history"] if len(curves) == 1 else []
             if measured:
                 axis.errorbar(
                     [m["epoch"] for m in measured],
@@ -269,7 +306,7 @@ def risk_by_epoch(results: Results) -> Figure | None:
                     color=style["color"],
                     capsize=3,
                 )
-            levels += curve["validation_risk"]
+            levels += validated.ravel().tolist()
         elif name != "no_hedge" and final is not None and results.config.risk.kind != "quadratic":
             if not tail_not_estimable(report) or metric != "entropic_risk_measure":
                 axis.axhline(final, linewidth=1.2, **style)
@@ -282,20 +319,23 @@ def risk_by_epoch(results: Results) -> Figure | None:
     if unhedged is not None and unhedged > high + 3 * (high - low):
         axis.plot([], [], " ", label=f"(no hedge is at {unhedged:.4f}, above the figure)")
     elif unhedged is not None and results.config.risk.kind != "quadratic":
-        axis.axhline(unhedged, linewidth=1.2, **_styles(results)["no_hedge"])
+        axis.axhline(unhedged, linewidth=1.2, **styles_of(results.metrics["methods"])["no_hedge"])
         low, high = min(low, unhedged), max(high, unhedged)
     pad = 0.08 * (high - low) or 1e-4
     axis.set_ylim(low - pad, high + pad)
     axis.set_xlabel("epoch (one update on fresh paths each)")
-    axis.set_ylabel(f"{_OBJECTIVE_LABELS[results.config.risk.kind]} (money)")
+    axis.set_ylabel(f"{OBJECTIVE_LABELS[results.config.risk.kind]} (money)")
     squares = "; squares: test paths ± 2 s.e." if results.config.evaluation.epochs else ""
-    axis.set_title(f"points: validation; thin lines: training batches{squares}", fontsize=10)
+    title = f"points: validation; thin lines: training batches{squares}"
+    if results.config.seeds > 1:
+        title = f"points: validation risk, mean over {results.config.seeds} seeds; thin lines: every seed"
+    axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
 
 
-_OBJECTIVE_LABELS = {
+OBJECTIVE_LABELS = {
     "entropic": "entropic risk",
     "expected_shortfall": "expected shortfall",
     "quadratic": "mean-variance risk",
@@ -310,7 +350,7 @@ def bands(results: Results) -> Figure | None:
     arrays, config = results.bands, results.config
     drawn = {
         name: style
-        for name, style in _styles(results).items()
+        for name, style in styles_of(results.metrics["methods"]).items()
         if name in _DRAWN_RULES or METHODS[name].trained
     }
     if not arrays or not drawn:
@@ -365,7 +405,7 @@ def sample_path(results: Results) -> Figure:
     above.legend(fontsize=8)
     above.set_title("first test path", fontsize=10)
     shaded = 0
-    for name, style in _styles(results).items():
+    for name, style in styles_of(results.metrics["methods"]).items():
         ratio = arrays[f"{name}/hedge_ratio"]
         below.step(steps, np.append(ratio, ratio[-1]), where="post", linewidth=1.5, **style)
         if f"{name}/band_lower" in arrays and METHODS[name].trained and shaded < 2:

@@ -3,9 +3,11 @@
 config.toml       the resolved configuration
 metrics.json      every number of the table, its standard error, counts and seconds
 pnl.npz           per test path: payoff, final_spot, group_id, and <method>/{trading_gain,trading_cost,pnl}
+                  (with several seeds these, the sample path and the bands are the first one's)
 sample_path.npz   the first test path: spot, time, and <method>/{hedge_ratio,band_lower,band_upper}
 bands.npz         simulated markets: spot, decision, and <method>/{band_lower,band_upper} over them
-params/<method>/  parameters of the best and of the last epoch (orbax)
+params/<method>/  parameters of the best and of the last epoch (orbax), of the first seed; those of
+                  others in seed_<seed>/
 meta.json         device, versions, commit, seconds, notes
 *.png             figures, drawn from the files above by `report`
 """
@@ -141,6 +143,11 @@ def read_results(folder: str | Path) -> Results:
         bands=arrays["bands"],
         folder=folder,
     )
+
+
+def params_folder(folder: Path, method: str, seed: int | None = None) -> Path:
+    """Where "best" and "last" parameters of a method lie; seed: one of the others than the run's first."""
+    return folder / "params" / method / ("" if seed is None else f"seed_{seed}")
 
 
 def read_config(folder: Path) -> Config:

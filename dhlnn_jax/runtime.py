@@ -56,6 +56,25 @@ def path_mesh(n_paths: int, *, devices: int | None = None) -> Mesh | None:
     """
     available = jax.devices()[:devices]
     n_devices = max(n for n in range(1, len(available) + 1) if n_paths % n == 0)
-    if n_devices == 1:
+    return _mesh(available[:n_devices], "paths")
+
+
+def member_mesh(n_members: int, *, devices: int | None = None) -> Mesh | None:
+    """A mesh of all devices that share n_members evenly, along its axis "members"; None if they cannot.
+
+    Members need nothing of each other, so that this beats sharing the paths of each wherever it is possible.
+    Several processes share paths instead: every one of them then holds all that it writes and prints.
+
+    Args:
+      devices: at most; None: all there are.
+    """
+    available = jax.devices()[:devices]
+    if n_members % len(available) or jax.process_count() > 1:
         return None
-    return jax.make_mesh((n_devices,), ("paths",), axis_types=(AxisType.Auto,), devices=available[:n_devices])
+    return _mesh(available, "members")
+
+
+def _mesh(devices: list[jax.Device], axis: str) -> Mesh | None:
+    if len(devices) == 1:
+        return None
+    return jax.make_mesh((len(devices),), (axis,), axis_types=(AxisType.Auto,), devices=devices)

@@ -1,5 +1,6 @@
 """From the configured market to samplers: where training, validation and test paths come from."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from dhlnn_jax.market import (
     make_bootstrap_sampler,
     make_simulation_sampler,
 )
-from dhlnn_jax.settings import Settings, make_settings
+from dhlnn_jax.settings import Settings, keywords_from, make_settings
 
 
 class Source(NamedTuple):
@@ -64,31 +65,43 @@ def make_source(config: Config, key: PRNGKeyArray) -> Source:
       key: draws the simulated test paths.
     Raises: UsageError for prices that cannot be used.
     """
-    return _recorded_source(config) if config.market.recorded else _simulated_source(config, key)
+    return make_sources([config], key)[0]
 
 
-def _simulated_source(config: Config, key: PRNGKeyArray) -> Source:
-    simulator, market = SIMULATORS[config.market.kind], config.market
-    settings = settings_of(config)
-    changed: dict[str, Any] = {
-        name: jnp.asarray(number, float)
-        for name, number in config.evaluation.market.model_dump().items()
-        if number is not None
-    }
-    market_settings = settings._replace(**changed)
-    refreshed = config.evaluation.volatility_seen == "refreshed"
+def make_sources(configs: Sequence[Config], key: PRNGKeyArray) -> list[Source]:
+    """Sources of configurations that differ in numbers only, on common random numbers.
+
+    Prices are read once; the same simulated paths are drawn and kept once.
+    """
+    first = configs[0]
+    if first.market.recorded:
+        source = _recorded_source(first)
+        typical = float(source.settings.volatility)
+        every = [settings_of(config, volatility=typical) for config in configs]
+        return [source._replace(settings=s, test_settings=s, market_settings=s) for s in every]
+    simulator, market = SIMULATORS[first.market.kind], first.market
+    train = make_simulation_sampler(simulator, n_steps=market.n_steps, noise=market.noise)
     # Test paths are always plain draws, so that their standard errors need no assumption.
-    sample_test = make_simulation_sampler(simulator, n_steps=market.n_steps)
-    test, groups = jax.jit(sample_test, static_argnums=1)(key, config.evaluation.n_paths, market_settings)
-    return Source(
-        train=make_simulation_sampler(simulator, n_steps=market.n_steps, noise=market.noise),
-        test=test,
-        test_groups=groups,
-        settings=settings,
-        test_settings=settings._replace(volatility=market_settings.volatility) if refreshed else settings,
-        market_settings=market_settings,
-        notes=(),
-    )
+    draw = jax.jit(make_simulation_sampler(simulator, n_steps=market.n_steps), static_argnums=1)
+    drawn: dict[tuple[float, ...], Any] = {}
+    sources = []
+    for config in configs:
+        settings = settings_of(config)
+        changed: dict[str, Any] = {
+            name: jnp.asarray(number, float)
+            for name, number in config.evaluation.market.model_dump().items()
+            if number is not None
+        }
+        market_settings = settings._replace(**changed)
+        numbers = keywords_from(market_settings, simulator.keywords)
+        seen = tuple(float(number) for number in numbers.values())
+        if seen not in drawn:
+            drawn[seen] = draw(key, config.evaluation.n_paths, market_settings)
+        refreshed = config.evaluation.volatility_seen == "refreshed"
+        test_settings = settings._replace(volatility=market_settings.volatility) if refreshed else settings
+        paths, groups = drawn[seen]
+        sources.append(Source(train, paths, groups, settings, test_settings, market_settings, notes=()))
+    return sources
 
 
 def _recorded_source(config: Config) -> Source:

@@ -1,4 +1,4 @@
-"""Training: one compiled step on fresh paths, and the loop over epochs around it."""
+"""Training: one step on fresh paths, a block of them in one program, and the loop over epochs around them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from dhlnn_jax.hedger import Anchor, Hedger, batched_inputs
 from dhlnn_jax.linearize import Linearization, linearize_at
@@ -213,6 +213,36 @@ def shared_by_paths(batch: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return batch
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
+
+
+TrainBlock = Callable[[TrainState, PRNGKeyArray, Settings, ArrayLike], tuple[TrainState, TrainInfo]]
+
+
+def make_train_block(step: TrainStep, *, max_epochs: int) -> TrainBlock:
+    """Several epochs in one program: the numbers of `fit`, without going back to the host in between.
+
+    Args:
+      step: from `make_train_step`.
+      max_epochs: the most that a block may have; diagnostics take their room from it.
+    Returns: `block(state, key, settings, n_epochs) -> (state, infos)`, pure, with fresh paths from
+      `fold_in(key, epoch)` where `epoch` counts from the state's. n_epochs may be traced, so that one
+      compilation serves every block; infos are [max_epochs], zero and False from n_epochs on.
+    Numerics: a diagnostic that is not finite stops nothing inside a block; the caller looks at infos.
+    """
+
+    def block(state: TrainState, key: PRNGKeyArray, settings: Settings, n_epochs: ArrayLike):
+        def one(state: TrainState) -> tuple[TrainState, TrainInfo]:
+            return step(state, jax.random.fold_in(key, state.epoch), settings)
+
+        def epoch(i: Array, carry: tuple[TrainState, TrainInfo]) -> tuple[TrainState, TrainInfo]:
+            state, info = one(carry[0])
+            return state, jax.tree.map(lambda rows, row: rows.at[i].set(row), carry[1], info)
+
+        shapes = jax.eval_shape(one, state)[1]
+        infos = jax.tree.map(lambda like: jnp.zeros((max_epochs, *like.shape), like.dtype), shapes)
+        return jax.lax.fori_loop(0, jnp.minimum(n_epochs, max_epochs), epoch, (state, infos))
+
+    return block
 
 
 class FitResult(NamedTuple):

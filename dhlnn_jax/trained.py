@@ -16,7 +16,7 @@ from dhlnn_jax.fitting import build_hedger, build_policy, make_contract
 from dhlnn_jax.hedger import Policy
 from dhlnn_jax.market import MarketPath
 from dhlnn_jax.methods import METHODS
-from dhlnn_jax.results import read_results
+from dhlnn_jax.results import params_folder, read_results
 from dhlnn_jax.settings import Settings, make_settings
 
 
@@ -101,10 +101,12 @@ class TrainedHedger(NamedTuple):
         return self.settings._replace(volatility=jnp.asarray(volatility, float))
 
 
-def load(results_folder: str | Path, method: str) -> TrainedHedger:
+def load(results_folder: str | Path, method: str, *, seed: int | None = None) -> TrainedHedger:
     """A method of a finished run, with the parameters that its table was measured with.
 
-    Raises: UsageError if the folder holds no finished run, or the run has no such method.
+    Args:
+      seed: of a run with several; None: the first.
+    Raises: UsageError if the folder holds no finished run, or the run has no such method or seed.
     """
     results = read_results(results_folder)
     config = results.config
@@ -114,8 +116,13 @@ def load(results_folder: str | Path, method: str) -> TrainedHedger:
     params = None
     if METHODS[method].trained:
         hedger = build_hedger(method, config)
-        folder = Path(results_folder) / "params" / method / config.evaluation.parameters
-        params = load_tree(folder, jax.eval_shape(hedger.init, jax.random.key(0)))
+        if seed is not None and seed not in range(config.seed, config.seed + config.seeds):
+            last = config.seed + config.seeds - 1
+            raise UsageError(f"{str(results_folder)!r} has seeds {config.seed} to {last}, not {seed}")
+        folder = params_folder(Path(results_folder), method, None if seed == config.seed else seed)
+        params = load_tree(
+            folder / config.evaluation.parameters, jax.eval_shape(hedger.init, jax.random.key(0))
+        )
     settings, market_settings = (
         make_settings(n_steps=config.market.n_steps, **results.meta[name])
         for name in ("settings", "market_settings")

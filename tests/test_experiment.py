@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from runs import METHODS, METRICS, TRAINED, small_run, smoke_run
 
-from dhlnn_jax import experiment, fitting
+from dhlnn_jax import checkpoint, notes, trainer
+from dhlnn_jax.case import make_case
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.results import read_results
 from dhlnn_jax.source import make_source
@@ -254,36 +255,36 @@ def counted_epochs(monkeypatch, stop_after=None):
 
         def advance(steps=1, note=""):
             if note:
-                done[name] += 1
-                if stop_after and name == stop_after[0] and done[name] == stop_after[1]:
+                done[name] += steps
+                if stop_after and name == stop_after[0] and done[name] >= stop_after[1]:
                     raise KeyboardInterrupt
 
         yield advance
 
-    monkeypatch.setattr(fitting, "progress_bar", bar)
+    monkeypatch.setattr(trainer, "progress_bar", bar)
     return done
 
 
 def test_run_cut_off_between_checkpoints_goes_on_to_the_same_numbers(base, smoke, monkeypatch):
     methods = ("--methods", "dhntb", "dhlnn", "bsdh")
-    done = counted_epochs(monkeypatch, stop_after=("dhlnn", 6))
+    done = counted_epochs(monkeypatch, stop_after=("dhlnn", 8))  # before its checkpoint
     with pytest.raises(KeyboardInterrupt):
         small_run(base, "cut", *methods)
-    assert done == {"dhntb": 8, "dhlnn": 6}
+    assert done == {"dhntb": 8, "dhlnn": 8}
     assert not (base / "cut" / "metrics.json").exists()
     with pytest.raises(UsageError, match="metrics.json is missing"):
         read_results(base / "cut")
 
     done = counted_epochs(monkeypatch)
     resumed = small_run(base, "cut", *methods, resume=True)
-    assert done == {"dhntb": 0, "dhlnn": 4}  # a checkpoint is every 4 epochs: 2 were lost
+    assert done == {"dhntb": 0, "dhlnn": 4}  # a checkpoint is every 4 epochs: 4 were lost
     for name, row in resumed.metrics["methods"].items():
         assert without_seconds(row) == without_seconds(smoke.metrics["methods"][name])
         np.testing.assert_array_equal(resumed.pnl[f"{name}/pnl"], smoke.pnl[f"{name}/pnl"])
 
 
 def test_run_killed_while_it_saves_a_checkpoint_goes_on_from_the_one_before(base, smoke, monkeypatch):
-    whole = fitting.write_json
+    whole = checkpoint.write_json
 
     def killed(path, values):
         if path.name == "8.json":
@@ -291,7 +292,7 @@ def test_run_killed_while_it_saves_a_checkpoint_goes_on_from_the_one_before(base
         whole(path, values)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fitting, "write_json", killed)
+        patch.setattr(checkpoint, "write_json", killed)
         small_run(base, "killed", "--methods", "dhntb")
     # the arrays are there, what marks them as complete is not
     assert {p.name for p in (base / "killed/checkpoints/dhntb").iterdir()} == {"4", "4.json", "8"}
@@ -359,9 +360,9 @@ def test_note_where_the_far_tail_decides(base):
 def test_note_on_a_dead_band(smoke):
     metrics = copy.deepcopy(smoke.metrics)
     metrics["methods"]["dhntb"]["final"]["turnover_mean"]["value"] = 0.0
-    source = make_source(smoke.config, jax.random.key(0))
-    assert experiment._notes(smoke.config, source, smoke.metrics, None) == []
-    (note,) = experiment._notes(smoke.config, source, metrics, None)
+    case = make_case(smoke.config, make_source(smoke.config, jax.random.key(0)))
+    assert notes.notes_of(case, smoke.metrics) == []
+    (note,) = notes.notes_of(case, metrics)
     assert note.startswith("dhntb does not trade although optimal gains by it: a dead band")
 
 

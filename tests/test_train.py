@@ -265,6 +265,35 @@ def test_training_beats_every_hedger_that_it_must_beat(key):
     assert risk < entropic(policy, trained, sign=-1.0) - 1e-2
 
 
+def test_block_is_the_loop_and_is_traced_once_whatever_its_length(key):
+    at_once = train.fit(adam_step(), initial(), key, settings(), n_epochs=4)
+    whole, traces = train.make_train_block(make_step(), max_epochs=3), []
+
+    def counted(*arguments):
+        traces.append(1)
+        return whole(*arguments)
+
+    block, infos, state = jax.jit(counted), [], initial()
+    for n_epochs in (3, 0, 1):
+        state, info = block(state, key, settings(), n_epochs)
+        infos.append(jax.tree.map(lambda rows, n=n_epochs: rows[:n], info))
+        assert info.risk.shape == (3,) and not info.finite[n_epochs:].any()
+    assert len(traces) == 1 and int(state.epoch) == 4
+    for x, y in zip(leaves(state.params), leaves(at_once.state.params), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+    risks = []
+    train.fit(
+        adam_step(), initial(), key, settings(), n_epochs=4,
+        on_epoch=lambda epoch, state, info: risks.append(float(info.risk)),
+    )  # fmt: skip
+    np.testing.assert_allclose(np.concatenate([info.risk for info in infos]), risks, rtol=1e-5)
+
+
+def test_block_stops_at_its_most_epochs(key):
+    block = jax.jit(train.make_train_block(make_step(), max_epochs=2))
+    assert int(block(initial(), key, settings(), 5)[0].epoch) == 2
+
+
 # --- rows in chunks, paths shared by devices ----------------------------------------------------------
 
 RECURRENT = make_recurrent_hedger(features=("log_moneyness", "time_to_maturity"), hidden_sizes=(8,))
