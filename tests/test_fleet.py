@@ -209,3 +209,13 @@ def test_members_shared_by_two_devices_are_those_of_one(two):
     found = json.loads(done.stdout.strip().splitlines()[-1])
     wanted = [own["training"]["validation_risk"] for own in two.metrics["methods"]["dhntb"]["by_seed"]]
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_members_at_once_are_those_one_after_another(base, two, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "an accelerator")
+    at_once = small_run(base, "two_at_once", *SEEDS)
+    for own, wanted in zip(
+        *(results.metrics["methods"]["dhntb"]["by_seed"] for results in (at_once, two)), strict=True
+    ):
+        risks = [x["training"]["validation_risk"] for x in (own, wanted)]
+        np.testing.assert_allclose(*risks, rtol=1e-4)
