@@ -15,10 +15,12 @@ from dhlnn_jax.config import Config, make_config
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.hedger import Hedger
 from dhlnn_jax.market import Sampler
+from dhlnn_jax.methods import METHODS
+from dhlnn_jax.train import CURVATURES
 
 Study = Literal["optimizers", "noise", "data"]
 STUDIES: tuple[Study, ...] = get_args(Study)
-FRESH_PATHS = (300, 1_000, 3_000, 10_000)  # paths an epoch of "noise"
+FRESH_PATHS = (100, 300, 1_000, 3_000, 10_000)  # paths an epoch of "noise"
 FIXED_PATHS = (300, 1_000, 3_000)  # size of the data sets of "data"
 PRICE_NOISE = (0.2, 1.0)  # noise of "data", in standard deviations of one step's return
 REFERENCE = "dhlnn"
@@ -29,7 +31,8 @@ class Variant(NamedTuple):
 
     Attributes:
       label: how tables and figures call it.
-      update: the method whose update moves the parameters, "dhlnn" (nested) or "dhntb" (the optimizer).
+      update: the method whose update moves the parameters: "dhlnn" (nested), "dhntb" (the optimizer) or
+        "dhlnn_newton".
       options: dotted option -> value, over `base_config`.
       groups: the figures that show it.
       reference: the variant that it is compared with, path by path and seed by seed.
@@ -62,7 +65,8 @@ def passes(config: Config, update: str, *, n_updates: int, n_gradients: float) -
     Optimizer: 1 forward and 1 VJP an update. Nested, n inner steps taken: 1 forward, 1 VJP for the exact
     gradient, 1 more for g_0 if the cost is a surrogate; then for each of the n - 1 others 1 JVP and 1 VJP of
     the linearized network, 1 forward and 1 VJP where nothing is linearized, nothing where the direction is
-    frozen. So VJP = n_gradients in all cases.
+    frozen. Gauss-Newton: 1 forward and 1 VJP a step, cut short at the output layer. So VJP = n_gradients in
+    all cases.
 
     Numerics: what `rows` recomputes is not counted: with chunks every JVP runs forward again, and every VJP
       does for the rows whose cotangent is not zero, which are also the only ones that it looks at.
@@ -70,6 +74,8 @@ def passes(config: Config, update: str, *, n_updates: int, n_gradients: float) -
     nested = update == "dhlnn"
     n_first = 2 if nested and config.nested.cost_surrogate != "absolute" else 1
     n_further = n_gradients - n_first * n_updates
+    if update == "dhlnn_newton":
+        return Passes(n_gradients, 0, n_gradients)
     if nested and config.nested.linearization == "none":
         return Passes(n_updates + n_further, 0, n_gradients)
     return Passes(n_updates, n_further, n_gradients)
@@ -96,13 +102,19 @@ def learning_rate(config: Config) -> float:
 
 
 def variants_of(
-    study: Study, config: Config, paths: Sequence[int] = (), rows: Sequence[str] = ()
+    study: Study,
+    config: Config,
+    paths: Sequence[int] = (),
+    rows: Sequence[str] = (),
+    *,
+    hedger: str = "dhntb",
 ) -> dict[str, Variant]:
     """The rows of a study by name, in the order of its table.
 
     Args:
       paths: sizes in place of `FRESH_PATHS` or `FIXED_PATHS`.
-      rows: only these of the optimizers, and the reference; for "noise" and "data" four of them by default.
+      rows: only these of the optimizers, and the reference; for "noise" and "data" five of them by default.
+      hedger: the method whose network is trained; Gauss-Newton is for the band.
     Raises: UsageError for an unknown study or row, N = 1 (there is nothing to ablate), sizes for
       "optimizers", and for "noise" and "data" on recorded prices.
     """
@@ -111,7 +123,10 @@ def variants_of(
     if config.nested.n_inner < 2:
         raise UsageError(f"nested.n_inner must be at least 2 in an ablation, got {config.nested.n_inner}")
     optimizers = _optimizers(config)
-    wanted = rows or (tuple(optimizers) if study == "optimizers" else _CONTROLS)
+    if METHODS[hedger].recurrent or config.risk.kind not in CURVATURES:
+        del optimizers["newton"]
+    controls = tuple(name for name in _CONTROLS if name in optimizers)
+    wanted = rows or (tuple(optimizers) if study == "optimizers" else controls)
     for row in wanted:
         if row not in optimizers:
             raise UsageError(f"unknown row {row!r}; allowed: {', '.join(optimizers)}")
@@ -156,7 +171,7 @@ class _Level(NamedTuple):
     price_noise: float = 0.0
 
 
-_CONTROLS = (REFERENCE, "adam", "adam_n_eta", "adam_same_batch")
+_CONTROLS = (REFERENCE, "adam", "adam_n_eta", "adam_same_batch", "newton")
 
 
 def _optimizers(config: Config) -> dict[str, Variant]:
@@ -197,6 +212,7 @@ def _optimizers(config: Config) -> dict[str, Variant]:
         "frozen_direction": nested("frozen direction", "inner", inner_update="frozen_direction"),
         "sgd": nested("SGD (15)", "inner", inner_update="sgd"),
         "inner_adam": nested("running Adam", "inner", inner_update="adam"),
+        "newton": Variant("output layer, Gauss–Newton", "dhlnn_newton", {}, ("controls", "inner")),
     }
     if config.training.learning_rate != eta:
         label = f"{optimizer}, {config.training.learning_rate:g}"

@@ -28,7 +28,7 @@ from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.results import machine
 from dhlnn_jax.risk import clustered_stderr
 from dhlnn_jax.source import make_source
-from dhlnn_jax.train import OBJECTIVES, TrainState, make_train_step
+from dhlnn_jax.train import CURVATURES, OBJECTIVES, TrainState, make_train_step
 
 DIVERGED = 1_000.0  # percent of the optimum
 _TEST = 3  # the role of test paths, folded into the key of a seed as in `experiment`
@@ -61,7 +61,7 @@ def run_study(
       process, since a machine is seldom idle. "paired": see `_paired`.
     Raises: UsageError as `variants_of` and `make_source`.
     """
-    variants = variants_of(study, config, paths, rows)
+    variants = variants_of(study, config, paths, rows, hedger=hedger)
     source = make_source(config, jax.random.fold_in(jax.random.key(config.seed), _TEST))
     judge = Judge(config, source, build_hedger(hedger, config))
     clock = "cpu_seconds" if jax.default_backend() == "cpu" else "seconds"
@@ -122,6 +122,7 @@ class _Trainer:
             OBJECTIVES[config.risk.kind],
             update,
             n_paths=self.n_paths,
+            curvature=CURVATURES.get(config.risk.kind),
             chunk_size=config.training.chunk_size or (500 if on_cpu else None),
         )
 

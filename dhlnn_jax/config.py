@@ -21,7 +21,7 @@ from dhlnn_jax.nested import PRESETS, CostSurrogate, InnerUpdate, LinearizationK
 from dhlnn_jax.payoff import CLAIMS
 from dhlnn_jax.pnl import COST_MODELS
 from dhlnn_jax.settings import Settings
-from dhlnn_jax.train import OBJECTIVES
+from dhlnn_jax.train import CURVATURES, OBJECTIVES
 
 RECORDED = ("history", "order_book", "paths_file")
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "nadam", "radam", "adabelief", "lion")
@@ -162,6 +162,11 @@ class ModelConfig(_Section):
     prior: Literal["none", "whalley_wilmott"] = Field(
         "none", description="band networks learn a correction to this band; the correction starts at 0"
     )
+    clamp: Literal["scan", "parallel"] = Field(
+        "scan",
+        description="a band's recursion over time; parallel takes log2(n_steps) rounds, for accelerators: "
+        "on a CPU it is ten times slower",
+    )
 
     @field_validator("hidden_sizes")
     @classmethod
@@ -245,6 +250,14 @@ class NestedConfig(_Section):
         return given
 
 
+class NewtonConfig(_Section):
+    """Gauss-Newton steps on the output layer (dhlnn_newton); see dhlnn_jax.newton."""
+
+    n_inner: int = Field(1, gt=0, description="steps on the same batch")
+    damping: float = Field(0.03, gt=0, description="of the first steps, relative to the mean curvature")
+    burn_in: int = Field(3, ge=0, description="epochs of whole steps before averaging over epochs")
+
+
 class TestMarketConfig(_Section):
     """What differs when the hedgers are tested (simulated markets)."""
 
@@ -279,7 +292,13 @@ class Config(_Section):
         description="hedgers of each trained method, from seeds seed, seed + 1, ...; trained in one program",
     )
     methods: tuple[str, ...] = Field(
-        ("dhlnn", "dhntb", "dhmlp", "whalley_wilmott", "bsdh", "no_hedge"), description="rows of the table"
+        ("dhlnn", "dhlnn_newton", "dhntb", "dhmlp", "whalley_wilmott", "bsdh", "no_hedge"),
+        description="rows of the table",
+    )
+    matmul_precision: Literal["default", "tensorfloat32", "float32"] = Field(
+        "default",
+        description="of products of float32 matrices; default is JAX's, TF32 on recent GPUs, whose roundings "
+        "are far below the Monte Carlo error",
     )
     out: str = Field("results/run", description="results folder")
     market: MarketConfig = MarketConfig()
@@ -290,6 +309,7 @@ class Config(_Section):
     rules: RulesConfig = RulesConfig()
     training: TrainingConfig = TrainingConfig()
     nested: NestedConfig = NestedConfig()
+    newton: NewtonConfig = NewtonConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @field_validator("methods")
@@ -311,6 +331,12 @@ class Config(_Section):
                     f"method {name!r} is a closed form for {', '.join(covers)}; "
                     f"contract.kind is {claim!r}: take it out of methods"
                 )
+        curved = [name for name in self.methods if METHODS[name].update == "newton"]
+        if curved and self.risk.kind not in CURVATURES:
+            raise ValueError(
+                f"method {curved[0]!r} solves with the curvature of the risk: risk.kind must be one of "
+                f"{', '.join(CURVATURES)}, got {self.risk.kind!r}"
+            )
         if "optimal" in self.methods and (why := self.no_optimum):
             raise ValueError(f"method 'optimal' {why}: take it out of methods")
         lookback = [f for f in self.model.features if "max_" in f]

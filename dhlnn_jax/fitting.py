@@ -16,6 +16,7 @@ from dhlnn_jax.hedger import Hedger, Policy, policy_of
 from dhlnn_jax.market import MarketPath
 from dhlnn_jax.methods import METHODS, RuleOptions
 from dhlnn_jax.nested import Update, nested_update, optax_update
+from dhlnn_jax.newton import newton_update
 from dhlnn_jax.optimal import solve_contract
 from dhlnn_jax.payoff import CLAIMS
 from dhlnn_jax.pnl import COST_MODELS, Contract
@@ -30,7 +31,9 @@ def build_hedger(name: str, config: Config) -> Hedger:
     assert method.make_hedger is not None
     # The paper's lineage centres the band of a lookback on the European delta.
     default = "european_put" if config.contract.kind == "european_put" else "european_call"
-    extra: dict[str, Any] = {"form": model.form} if method.recurrent else {"prior": model.prior}
+    extra: dict[str, Any] = {"prior": model.prior, "clamp": model.clamp}
+    if method.recurrent:
+        extra = {"form": model.form}
     return method.make_hedger(
         features=model.features,
         hidden_sizes=model.hidden_sizes,
@@ -67,7 +70,7 @@ def build_policy(name: str, config: Config, market_settings: Settings) -> Policy
 
 def rate_option(name: str, config: Config) -> str:
     """The option that says a method's learning rate."""
-    own = METHODS[name].nested and config.nested.learning_rate is not None
+    own = METHODS[name].update == "nested" and config.nested.learning_rate is not None
     return "nested.learning_rate" if own else "training.learning_rate"
 
 
@@ -77,16 +80,27 @@ def learning_rate(name: str, config: Config) -> float:
     return getattr(getattr(config, section), option)
 
 
+def remedy(name: str, config: Config) -> str:
+    """What to change when training a method runs away."""
+    if METHODS[name].update == "newton":
+        return f"raise newton.damping = {config.newton.damping:g}"
+    return f"lower {rate_option(name, config)} = {learning_rate(name, config):g}"
+
+
 def build_update(name: str, config: Config, rate: ArrayLike | None = None) -> Update:
     """How a method's parameters are moved.
 
     Args:
       rate: learning rate, which may be traced, in place of the configured one.
     """
-    nested = config.nested
+    nested, newton = config.nested, config.newton
     rate = learning_rate(name, config) if rate is None else rate
-    if not METHODS[name].nested:
+    if METHODS[name].update == "optimizer":
         return optax_update(_optimizer(config, rate))
+    if METHODS[name].update == "newton":
+        layer = build_hedger(name, config).output_layer
+        assert layer is not None
+        return newton_update(layer, n_inner=newton.n_inner, damping=newton.damping, burn_in=newton.burn_in)
     return nested_update(
         _optimizer(config, rate),
         learning_rate=_schedule(config, rate),

@@ -76,6 +76,9 @@ def band_hedge_parallel(
     return band_step(jnp.zeros_like(band_lower), *jax.lax.associative_scan(compose, bands))
 
 
+CLAMPS = {"scan": band_hedge, "parallel": band_hedge_parallel}
+
+
 def no_hedge(path: MarketPath, settings: Settings) -> Array:
     """Never holds anything."""
     del settings

@@ -14,8 +14,8 @@ from jaxtyping import Array, PRNGKeyArray
 
 from dhlnn_jax.features import feature_matrix
 from dhlnn_jax.hedge import (
+    CLAMPS,
     Rule,
-    band_hedge,
     european_call_delta,
     scan_hedge,
     whalley_wilmott_half_width,
@@ -139,6 +139,7 @@ def make_band_hedger(
     centre: Rule = european_call_delta,
     centre_strike: float | None = None,
     prior: Literal["none", "whalley_wilmott"] = "none",
+    clamp: Literal["scan", "parallel"] = "scan",
 ) -> Hedger:
     """The no-transaction-band network of DHLNN and DHNTB.
 
@@ -148,6 +149,7 @@ def make_band_hedger(
     Args:
       prior: "none": w = 0; "whalley_wilmott": w is the Whalley-Wilmott half-width and the raw outputs start
         at exactly zero, so that training starts from that band.
+      clamp: `band_hedge`, or `band_hedge_parallel` for accelerators; same values.
     Source: paper Eq. (16)-(17) and App. D; prior: Arzel and Lehdili (2026).
     """
     with_prior = prior == "whalley_wilmott"
@@ -157,14 +159,14 @@ def make_band_hedger(
         half_widths = nn.leaky_relu(anchor.half_width[..., None] + raw, 0.01)
         return anchor.centre - half_widths[..., 0], anchor.centre + half_widths[..., 1]
 
-    layer = band_output_layer(network)
+    layer, held = band_output_layer(network), CLAMPS[clamp]
     return Hedger(
         init=lambda key: network.init(key, jnp.zeros((1, len(features)))),
         inputs=make_inputs(
             features, centre, centre_strike, whalley_wilmott_half_width if with_prior else None
         ),
         outputs=lambda params, features, anchor: network.apply(params, features),
-        position=lambda raw, anchor: band_hedge(*band(raw, anchor)),
+        position=lambda raw, anchor: held(*band(raw, anchor)),
         band=band,
         memoryless=True,
         output_layer=layer._replace(inputs=lambda params, features, anchor: layer.inputs(params, features)),

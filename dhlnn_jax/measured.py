@@ -84,6 +84,13 @@ def measured_rows(
       checkpoint_folder: see `trainer.train_method`.
     Raises: FloatingPointError as `trainer.train_method`.
     """
+    with jax.default_matmul_precision(cases[0].config.matmul_precision):
+        return _measured_rows(name, cases, optimal, checkpoint_folder)
+
+
+def _measured_rows(
+    name: str, cases: Sequence[Case], optimal: Sequence[Row | None], checkpoint_folder: Path | None
+) -> list[Row]:
     if not METHODS[name].trained:
         members = [Member(case.config, case.source) for case in cases]
         return _rows(name, cases, [[member] for member in members], optimal, None)
@@ -201,7 +208,7 @@ def _method_report(case: Case, name: str, row: Row) -> dict[str, Any]:
     ess, training = float(row.mean.effective_sample_size), row.training
     trained = [seed.trained for seed in row.seeds if seed.trained is not None]
     n_paths = len(trained) * case.config.training.epochs * case.config.training.n_paths
-    report = {
+    report: dict[str, Any] = {
         "final": final,
         "history": trained[0].history if trained else [],
         "effective_sample_size": None if exact is not None or not np.isfinite(ess) else ess,
@@ -210,8 +217,10 @@ def _method_report(case: Case, name: str, row: Row) -> dict[str, Any]:
         "compile_seconds": training.compile_seconds if training else 0.0,
         "paths_simulated": n_paths,
         "gradient_evaluations": sum(one.gradient_evaluations for one in trained),
-        **({"training": trained[0].curve, "best_epoch": trained[0].best_epoch} if trained else {}),
     }
+    if trained:
+        one = trained[0]
+        report |= {"training": one.curve, "best_epoch": one.best_epoch, "most_rises": one.most_rises}
     if len(row.seeds) > 1:
         report["by_seed"] = [_seed_report(case, seed) for seed in row.seeds]
     return report
@@ -227,6 +236,7 @@ def _seed_report(case: Case, seed: Seed) -> dict[str, Any]:
         "final": as_report(seed.values, seed.stderrs),
         **distance,
         "best_epoch": seed.trained.best_epoch,
+        "most_rises": seed.trained.most_rises,
         "history": seed.trained.history,
         "training": seed.trained.curve,
     }

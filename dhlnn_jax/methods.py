@@ -5,7 +5,7 @@ Adding a method means writing its rule or hedger elsewhere and naming it here.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -49,7 +49,8 @@ class Method(NamedTuple):
       label: how tables and figures call it.
       make_rule: options -> policy without parameters; None for trained methods.
       make_hedger: `(*, features, hidden_sizes, centre, centre_strike, ...) -> Hedger`; None for rules.
-      nested: trained by nested updates on the linearized objective instead of plain optimizer steps.
+      update: what moves its parameters: plain optimizer steps, nested updates on the linearized objective, or
+        Gauss-Newton steps on the output layer.
       recurrent: sees its previous hedge ratio, so `make_hedger` takes the `form` of the position.
       covers: the claims it is defined for; None for all.
     """
@@ -57,7 +58,7 @@ class Method(NamedTuple):
     label: str
     make_rule: Callable[[RuleOptions], Policy] | None = None
     make_hedger: Callable[..., Hedger] | None = None
-    nested: bool = False
+    update: Literal["optimizer", "nested", "newton"] = "optimizer"
     recurrent: bool = False
     covers: tuple[str, ...] | None = None
 
@@ -103,7 +104,8 @@ _WITH_DELTA = tuple(DELTAS)
 
 METHODS: dict[str, Method] = {
     "optimal": Method("exact optimum", make_rule=_optimal),
-    "dhlnn": Method("DHLNN", make_hedger=make_band_hedger, nested=True),
+    "dhlnn": Method("DHLNN", make_hedger=make_band_hedger, update="nested"),
+    "dhlnn_newton": Method("DHLNN, Gauss–Newton", make_hedger=make_band_hedger, update="newton"),
     "dhntb": Method("DHNTB", make_hedger=make_band_hedger),
     "dhmlp": Method("DHMLP", make_hedger=make_recurrent_hedger, recurrent=True),
     "whalley_wilmott": Method("Whalley–Wilmott", make_rule=_whalley_wilmott, covers=_EUROPEAN),

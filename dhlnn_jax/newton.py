@@ -15,6 +15,8 @@ from dhlnn_jax.nested import Problem, Update, UpdateInfo
 
 Params = Any
 
+_FRACTIONS = jnp.asarray([0.0, *(0.5**k for k in range(7))])  # of a whole step
+
 
 class NewtonState(NamedTuple):
     """Outer iterations done, and the running mean of the curvature, a matrix for each output."""
@@ -29,10 +31,12 @@ def newton_update(layer: OutputLayer, *, n_inner: int = 1, damping: float = 0.03
     In batch r, n_inner times, with gain_r = 1 / (1 + max(r - burn_in, 0)), r from 0:
 
       g = sum over rows of (d risk / d y) x^T,  G = sum over rows of rho'' (d v / d y)^2 x x^T,
-      C <- C + gain_r (G - C),  W <- W - gain_r (C + damping gain_r mean(diag C) I)^-1 g
+      C <- C + gain_r (G - C),  W <- W - t gain_r (C + damping gain_r scale I)^-1 g
 
-    for each output y of the layer, x its inputs, v the value that y belongs to, rho'' the second derivative
-    of the risk to v. The first burn_in + 1 batches take whole steps, later ones average over batches.
+    for each output y of the layer: x its inputs, v the value that y belongs to, rho'' the second derivative
+    of the risk to v, scale the mean diagonal of C over all outputs, t that of 0, 1, 1/2, ..., 1/64 at which
+    the risk of the batch is lowest. So the first burn_in + 1 batches take whole steps if they help, and later
+    ones average over batches. Without t a step from a band that is far off can end in one that is never left.
 
     Args:
       layer: of the network behind `Problem.outputs`.
@@ -72,8 +76,13 @@ def newton_update(layer: OutputLayer, *, n_inner: int = 1, damping: float = 0.03
             twice = risk_curvature(values).reshape(each) * jnp.square(slope)
             gradient, curvature = output_moments(params, by_output, twice)
             mean = state.curvature + gain * (curvature - state.curvature)
-            shift = _solve(mean, gradient, damping * gain)
-            moved = layer.replace(params, layer.weights(params) - gain * shift.T)
+            weights, shift = layer.weights(params), _solve(mean, gradient, damping * gain).T
+
+            # Outputs are linear in the weights: one pass for the whole step serves all of its fractions.
+            change = problem.outputs(layer.replace(params, weights - gain * shift)) - outputs
+            risks = jax.lax.map(lambda t: problem.risk(problem.value(outputs + t * change)), _FRACTIONS)
+            fraction = _FRACTIONS[jnp.argmin(jnp.where(jnp.isfinite(risks), risks, jnp.inf))]
+            moved = layer.replace(params, weights - fraction * gain * shift)
             return moved, mean, UpdateInfo(risk, jnp.linalg.norm(gradient), jnp.asarray(n_inner), outputs)
 
         moved, curvature, info = step(params)
@@ -89,13 +98,16 @@ def _solve(
     gradient: Float[Array, "n_outputs n_inputs"],
     damping: Array,
 ) -> Float[Array, "n_outputs n_inputs"]:
-    """(C + damping mean(diag C) I)^-1 g for each output; 0 where C = 0, that is where no row is live."""
+    """(C + damping scale I)^-1 g for each output, scale the mean of all diagonals; 0 where no row is live.
+
+    An output that hardly any row depends on has next to no curvature; a scale of its own would let it leap.
+    """
+    n_outputs, n_inputs, _ = curvature.shape
+    scale = jnp.trace(curvature, axis1=1, axis2=2).sum() / (n_outputs * n_inputs)
+    alive = scale > 0
+    shift = jnp.where(alive, damping * scale, 1.0) * jnp.eye(n_inputs, dtype=curvature.dtype)
 
     def one(matrix: Array, vector: Array) -> Array:
-        scale = jnp.trace(matrix) / len(vector)
-        alive = scale > 0
-        shifted = matrix + jnp.where(alive, damping * scale, 1.0) * jnp.eye(len(vector), dtype=matrix.dtype)
-        solution = jax.scipy.linalg.solve(shifted, vector, assume_a="pos")
-        return jnp.where(alive, solution, 0.0)
+        return jax.scipy.linalg.solve(matrix + shift, vector, assume_a="pos")
 
-    return jax.vmap(one)(curvature, gradient)
+    return jnp.where(alive, jax.vmap(one)(curvature, gradient), 0.0)

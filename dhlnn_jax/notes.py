@@ -9,6 +9,8 @@ from dhlnn_jax.report import objective_metric
 
 Metrics = dict[str, Any]
 
+MANY_RISES = 10
+
 
 def notes_of(case: Case, metrics: Metrics) -> list[str]:
     """Every note on a case with these metrics (`measured.case_metrics`), whichever seed it is about."""
@@ -16,6 +18,7 @@ def notes_of(case: Case, metrics: Metrics) -> list[str]:
         *_about_scale(case),
         *_about_not_trading(case, metrics),
         *_about_dead_bands(case, metrics),
+        *_about_rises(metrics),
         *_about_optimum(case, metrics),
     ]
 
@@ -91,6 +94,17 @@ def _about_dead_bands(case: Case, metrics: Metrics) -> list[str]:
         if gains and "training" in report
         for who, own in _by_seed(name, report)
         if not own["final"]["turnover_mean"]["value"]
+    ]
+
+
+def _about_rises(metrics: Metrics) -> list[str]:
+    """Inner steps are meant to lower the linearized objective; many in a row that raise it run away."""
+    return [
+        f"{who}: {own['most_rises']} inner steps in a row raised the linearized objective; "
+        "lower nested.learning_rate or nested.n_inner"
+        for name, report in metrics["methods"].items()
+        for who, own in _by_seed(name, report)
+        if own.get("most_rises", 0) >= MANY_RISES
     ]
 
 

@@ -17,12 +17,15 @@ from dhlnn_jax.methods import METHODS
 from dhlnn_jax.payoff import CLAIMS
 from dhlnn_jax.results import Results
 
-# Okabe and Ito's colours and two of Tol's, for any colour vision; line styles differ as well.
+# Okabe and Ito's colours and three of Tol's, for any colour vision; line styles differ as well.
 _COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
-    *("#882255", "#999933"),
+    *("#882255", "#999933", "#332288"),
 )
-_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (4, 2)), (0, (6, 2, 1, 2)))
+_LINES = (
+    *("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (4, 2)), (0, (6, 2, 1, 2))),
+    (0, (8, 3)),
+)
 _OPTIMUM = {"color": "0.45", "linestyle": "-"}
 
 COLUMNS = {

@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from dhlnn_jax.checkpoint import Checkpoints
 from dhlnn_jax.evaluate import Measurement, as_report, measure, standard_errors
-from dhlnn_jax.fitting import build_hedger, build_update, learning_rate, make_contract, rate_option
+from dhlnn_jax.fitting import build_hedger, build_update, learning_rate, make_contract, remedy
 from dhlnn_jax.fleet import (
     Layout,
     Member,
@@ -31,7 +31,15 @@ from dhlnn_jax.fleet import (
 from dhlnn_jax.hedger import policy_of
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.settings import Settings
-from dhlnn_jax.train import OBJECTIVES, TrainInfo, TrainState, init_state, make_train_block, make_train_step
+from dhlnn_jax.train import (
+    CURVATURES,
+    OBJECTIVES,
+    TrainInfo,
+    TrainState,
+    init_state,
+    make_train_block,
+    make_train_step,
+)
 
 Params = Any
 Judge = Callable[[int, Measurement], dict[str, Any]]
@@ -49,6 +57,7 @@ class TrainedMember(NamedTuple):
       history: metrics on the test paths after `evaluation.epochs`, and what had been spent by then.
       best_epoch: of the smallest validation risk.
       gradient_evaluations: of the whole training, resumed parts included.
+      most_rises: the most inner steps in a row that raised the linearized objective.
     """
 
     best: Params
@@ -57,6 +66,7 @@ class TrainedMember(NamedTuple):
     history: list[dict[str, Any]]
     best_epoch: int
     gradient_evaluations: int
+    most_rises: int
 
 
 class TrainedMethod(NamedTuple):
@@ -146,7 +156,8 @@ class _Trainer:
         ) -> tuple[TrainState, TrainInfo]:
             step = make_train_step(
                 hedger, sample, contract, objective, build_update(name, config, rate),
-                n_paths=training.n_paths, chunk_size=chunk_size, mesh=mesh,
+                n_paths=training.n_paths, curvature=CURVATURES.get(config.risk.kind),
+                chunk_size=chunk_size, mesh=mesh,
             )  # fmt: skip
             return make_train_block(step, max_epochs=max_epochs)(state, key, settings, n_epochs)
 
@@ -174,6 +185,7 @@ class _Trainer:
             log["curve"]["risk"] += infos.risk[i].tolist()
             log["curve"]["turnover"] += infos.turnover[i].tolist()
             log["gradient_evaluations"] += int(infos.n_gradients[i].sum())
+            log["most_rises"] = max(log["most_rises"], int(infos.n_rises[i].max()))
         self.epoch += n_epochs
         return n_epochs, float(infos.risk[:, -1].mean())
 
@@ -230,9 +242,8 @@ class _Trainer:
 
     def _stop(self, i: int, what: str) -> None:
         config, label = self._members[i].config, self._members[i].label
-        rate = f"{rate_option(self.name, config)} = {learning_rate(self.name, config):g}"
         raise FloatingPointError(
-            f"{self.name}{f' ({label})' if label else ''}: {what}; lower {rate} "
+            f"{self.name}{f' ({label})' if label else ''}: {what}; {remedy(self.name, config)} "
             f"(last good checkpoint: {self._checkpoints.newest or 'none'})"
         )
 
@@ -246,6 +257,7 @@ class _Trainer:
                 history=log["history"],
                 best_epoch=log["best_epoch"],
                 gradient_evaluations=log["gradient_evaluations"],
+                most_rises=log["most_rises"],
             )
             for i, log in enumerate(self._log["members"])
         ]
@@ -282,6 +294,7 @@ def _new_log(n_members: int) -> dict[str, Any]:
             "best_risk": None,
             "best_epoch": 0,
             "gradient_evaluations": 0,
+            "most_rises": 0,
         }
 
     return {

@@ -17,10 +17,10 @@ from dhlnn_jax.results import machine, read_config, read_results
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = (
-    *("optimal", "dhlnn", "dhntb", "dhmlp", "whalley_wilmott", "bsdh"),
+    *("optimal", "dhlnn", "dhlnn_newton", "dhntb", "dhmlp", "whalley_wilmott", "bsdh"),
     *("leland", "fixed_band", "periodic_delta", "no_hedge"),
 )  # in the order of configs/smoke.toml
-TRAINED = METHODS[1:4]
+TRAINED = METHODS[1:5]
 METRICS = {
     "entropic_risk_measure",
     "expected_shortfall",

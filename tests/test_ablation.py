@@ -84,7 +84,8 @@ def test_every_variant_is_options_over_the_same_base():
 def test_levels_have_their_own_reference_and_sizes():
     config = config_of()
     noise = variants_of("noise", config, (20, 50))
-    assert len(noise) == 8
+    assert len(noise) == 10
+    assert len(variants_of("noise", config, (20, 50), hedger="dhmlp")) == 8  # Gauss-Newton is for the band
     assert noise["adam @ 50"].reference == "dhlnn @ 50"
     assert base_config(config, noise["adam @ 50"].options).training.n_paths == 50
     data = variants_of("data", config, (20,), ("adam",))
@@ -158,6 +159,10 @@ def test_passes_are_those_that_one_update_makes(name, expected):
     n_gradients = float(info.n_gradients)
     assert tuple(passes(config, variant.update, n_updates=1, n_gradients=n_gradients)) == expected
     assert tuple(count.values()) == expected
+
+
+def test_gauss_newton_passes_once_each_way_a_step():
+    assert passes(config_of(), "dhlnn_newton", n_updates=3, n_gradients=6.0) == (6, 0, 6)
 
 
 def test_study_counts_spends_and_pairs():

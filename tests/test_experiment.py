@@ -48,7 +48,7 @@ def test_metrics_have_the_schema_of_the_issue(smoke):
     for name, row in metrics["methods"].items():
         wanted = {"final", "history", "effective_sample_size", "train_seconds", "compile_seconds"}
         wanted |= {"paths_simulated", "gradient_evaluations", "estimator", "regret"}
-        assert set(row) == wanted | ({"training", "best_epoch"} if name in TRAINED else set())
+        assert set(row) == wanted | ({"training", "best_epoch", "most_rises"} if name in TRAINED else set())
         assert set(row["final"]) == METRICS
         for number in row["final"].values():
             assert set(number) == {"value", "stderr"}

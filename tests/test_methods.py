@@ -40,7 +40,7 @@ def settings(**changes):
 
 def test_names_and_labels_are_those_of_the_issue():
     of_the_issues = {"dhlnn", "dhntb", "dhmlp", "bsdh", "whalley_wilmott", "no_hedge", "optimal"}
-    assert set(METHODS) == of_the_issues | {"leland", "fixed_band", "periodic_delta"}
+    assert set(METHODS) == of_the_issues | {"dhlnn_newton", "leland", "fixed_band", "periodic_delta"}
     labels = [method.label for method in METHODS.values()]
     assert len(set(labels)) == len(labels) and all(labels)
 
@@ -49,8 +49,9 @@ def test_every_method_is_either_a_rule_or_trained():
     for method in METHODS.values():
         assert (method.make_rule is None) != (method.make_hedger is None)
         assert method.covers is None or (method.covers and set(method.covers) <= set(CLAIMS) & set(DELTAS))
-    assert set(TRAINED) == {"dhlnn", "dhntb", "dhmlp"}
-    assert [name for name in TRAINED if METHODS[name].nested] == ["dhlnn"]
+    assert set(TRAINED) == {"dhlnn", "dhlnn_newton", "dhntb", "dhmlp"}
+    updates = {name: METHODS[name].update for name in TRAINED if METHODS[name].update != "optimizer"}
+    assert updates == {"dhlnn": "nested", "dhlnn_newton": "newton"}
     assert [name for name in TRAINED if METHODS[name].recurrent] == ["dhmlp"]
 
 
