@@ -292,7 +292,7 @@ class Config(_Section):
         description="hedgers of each trained method, from seeds seed, seed + 1, ...; trained in one program",
     )
     methods: tuple[str, ...] = Field(
-        ("dhlnn", "dhlnn_newton", "dhntb", "dhmlp", "whalley_wilmott", "bsdh", "no_hedge"),
+        ("dhlnn", "dhntb", "dhmlp", "whalley_wilmott", "bsdh", "no_hedge"),
         description="rows of the table",
     )
     matmul_precision: Literal["default", "tensorfloat32", "float32"] = Field(

@@ -227,6 +227,10 @@ BAD_ARGUMENTS = [
     (["--methods", "leland", "--contract.kind", "lookback_call"], ["method 'leland'", "european_put"]),
     (["--methods", "optimal", "--cost.kind", "squared_difference"], ["'optimal'", "'proportional'"]),
     (["--methods", "optimal", "--risk.kind", "expected_shortfall"], ["'optimal'", "'entropic'"]),
+    (["--methods", "dhlnn_newton", "--risk.kind", "expected_shortfall"], ["'dhlnn_newton'", "quadratic"]),
+    (["--matmul_precision", "bfloat16"], ["matmul_precision", "'float32'"]),
+    (["--model.clamp", "loop"], ["model.clamp", "'parallel'"]),
+    (["--newton.damping", "0"], ["newton.damping"]),
     (["--methods", "optimal", "--market.kind", "history"], ["'optimal'", "'gbm'", "'history'"]),
     (["--methods", "optimal", "--evaluation.optimum", "false"], ["'optimal'", "evaluation.optimum"]),
     (

@@ -175,6 +175,16 @@ def test_policy_is_inputs_outputs_position_put_together(x64, name):
     assert (policy.band is None) == (made.band is None)
 
 
+def test_clamp_in_parallel_holds_the_same():
+    path = MarketPath(jnp.asarray(SPOT, jnp.float32))
+    held = []
+    for clamp in ("scan", "parallel"):
+        own = hedger.make_band_hedger(features=NAMES, hidden_sizes=(8,), clamp=clamp)
+        params = own.init(jax.random.key(0))
+        held.append(jax.jit(hedger.policy_of(own).hedge_ratio)(params, path, settings()))
+    np.testing.assert_array_equal(*held)
+
+
 @pytest.mark.parametrize("name", ["band", "band_of_the_lookback"])
 def test_band_policy_clamps_to_its_own_band(x64, name):
     policy, params = policy_and_params(name)
