@@ -15,7 +15,7 @@ from dhlnn_jax.nested import Problem, Update, UpdateInfo
 
 Params = Any
 
-_FRACTIONS = jnp.asarray([0.0, *(0.5**k for k in range(7))])  # of a whole step
+_FRACTIONS = (0.0, *(0.5**k for k in range(7)))  # of a whole step
 
 
 class NewtonState(NamedTuple):
@@ -80,8 +80,9 @@ def newton_update(layer: OutputLayer, *, n_inner: int = 1, damping: float = 0.03
 
             # Outputs are linear in the weights: one pass for the whole step serves all of its fractions.
             change = problem.outputs(layer.replace(params, weights - gain * shift)) - outputs
-            risks = jax.lax.map(lambda t: problem.risk(problem.value(outputs + t * change)), _FRACTIONS)
-            fraction = _FRACTIONS[jnp.argmin(jnp.where(jnp.isfinite(risks), risks, jnp.inf))]
+            fractions = jnp.asarray(_FRACTIONS)
+            risks = jax.lax.map(lambda t: problem.risk(problem.value(outputs + t * change)), fractions)
+            fraction = fractions[jnp.argmin(jnp.where(jnp.isfinite(risks), risks, jnp.inf))]
             moved = layer.replace(params, weights - fraction * gain * shift)
             return moved, mean, UpdateInfo(risk, jnp.linalg.norm(gradient), jnp.asarray(n_inner), outputs)
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -114,6 +115,19 @@ def test_mistakes_about_processes_are_one_line(arguments, said, capsys, tmp_path
 def test_processes_out_of_range_are_refused():
     with pytest.raises(UsageError, match="--process must be from 0 to 0"):
         runtime.join("localhost:1", n_processes=1, process=1)
+
+
+def test_importing_the_package_starts_no_jax():
+    folder = Path(runtime.__file__).parent
+    names = [f"dhlnn_jax.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__"]
+    code = (
+        f"import importlib; [importlib.import_module(name) for name in {names}]; "
+        "from dhlnn_jax import runtime; runtime.prepare(devices=3); import jax; print(jax.device_count())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["3"], done.stderr  # started, it would have one device, and join no other
 
 
 def test_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
