@@ -140,16 +140,16 @@ def as_report(values: dict[str, Any], stderrs: dict[str, Any]) -> dict[str, dict
 class Regret(NamedTuple):
     """Entropic risk in excess of the exact optimum's, in money."""
 
-    value: Array
-    stderr: Array
+    value: Array | np.ndarray
+    stderr: Array | np.ndarray
 
 
-@jax.jit
 def regret(measurement: Measurement, optimal: Measurement, group_ids: Int[Array, " n_paths"]) -> Regret:
     """Entropic risk less that of the optimal policy on the same paths, with its paired standard error."""
     name = "entropic_risk_measure"
-    apart = measurement.influences[name] - optimal.influences[name]
-    return Regret(measurement.values[name] - optimal.values[name], clustered_stderr(apart, group_ids))
+    apart = jax.tree.map(np.subtract, measurement.influences, optimal.influences)
+    error = standard_errors(apart, group_ids)[name]  # of all metrics, by a program that there is already
+    return Regret(measurement.values[name] - optimal.values[name], error)
 
 
 def regret_report(regret: Regret, optimum: float) -> dict[str, float | None]:
@@ -168,11 +168,17 @@ def regret_report(regret: Regret, optimum: float) -> dict[str, float | None]:
 def unhedged_values(payoff: np.ndarray, probability: np.ndarray, settings: Settings) -> dict[str, float]:
     """The metrics of no hedge from the law of the claim (`unhedged.unhedged_law`)."""
     with jax.enable_x64(True):
-        settings = jax.tree.map(lambda x: jnp.asarray(float(x)), settings)
-        pnl = settings.premium - jnp.asarray(payoff)
-        nothing = jnp.zeros_like(pnl)
-        columns = {"pnl": pnl, "trading_cost": nothing, "turnover": nothing, "trade_frequency": nothing}
-        return {
-            name: float(metric.reduce(columns[metric.column], weights=jnp.asarray(probability)))
-            for name, metric in metrics_of(settings).items()
-        }
+        numbers = jax.tree.map(lambda x: np.float64(x), settings)
+        return jax.tree.map(float, _weighted_values(payoff, probability, numbers))
+
+
+@jax.jit
+def _weighted_values(payoff: Array, probability: Array, settings: Settings) -> dict[str, Array]:
+    """Values of all metrics without a hedge, each payoff with its probability."""
+    pnl = settings.premium - payoff
+    nothing = jnp.zeros_like(pnl)
+    columns = {"pnl": pnl, "trading_cost": nothing, "turnover": nothing, "trade_frequency": nothing}
+    return {
+        name: metric.reduce(columns[metric.column], weights=probability)
+        for name, metric in metrics_of(settings).items()
+    }

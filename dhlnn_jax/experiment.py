@@ -2,18 +2,19 @@
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from dhlnn_jax.bands import effective_band
 from dhlnn_jax.case import make_case
 from dhlnn_jax.checkpoint import save_tree
 from dhlnn_jax.config import Config
-from dhlnn_jax.fleet import keys_of
+from dhlnn_jax.fleet import keys_of, on_host
 from dhlnn_jax.hedger import Policy
 from dhlnn_jax.market import MarketPath
 from dhlnn_jax.measured import Row, case_metrics, measured_rows
@@ -44,6 +45,11 @@ def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Res
     Raises: UsageError for input that cannot be used, before any training.
       FloatingPointError if a risk stops being finite during training.
     """
+    with jax.default_matmul_precision(config.matmul_precision):
+        return _run(config, overwrite=overwrite, resume=resume)
+
+
+def _run(config: Config, *, overwrite: bool, resume: bool) -> Results:
     started = time.perf_counter()
     folder = Path(config.out)
     claim_folder(folder, overwrite=overwrite, resume=resume)
@@ -64,9 +70,8 @@ def run(config: Config, *, overwrite: bool = False, resume: bool = False) -> Res
         )
         rows[name] = row
         _keep_params(folder, name, row)
-        sample_path |= _sampled(name, row.policy, row.params, source)
-        if not config.market.recorded:
-            bands |= _bands(name, row.policy, row.params, config, source)
+        of_path, over_spot = _shown(name, row, config, source)
+        sample_path, bands = sample_path | of_path, bands | over_spot
 
     metrics = {"schema": 1, "seed": config.seed, "device": device_name(), **case_metrics(case, rows)}
     trained = [row.training for row in rows.values() if row.training]
@@ -114,7 +119,7 @@ def _pnl_arrays(rows: dict[str, Row], paths: MarketPath, groups: Any) -> dict[st
     first = next(iter(rows.values()))
     arrays = {
         "payoff": np.asarray(first.money.payoff),
-        "final_spot": np.asarray(paths.spot[:, -1]),
+        "final_spot": np.asarray(paths.spot)[:, -1],
         "group_id": np.asarray(groups),
     }
     for name, row in rows.items():
@@ -124,31 +129,43 @@ def _pnl_arrays(rows: dict[str, Row], paths: MarketPath, groups: Any) -> dict[st
 
 
 def _sample_path(config: Config, source: Source) -> dict[str, np.ndarray]:
-    spot = np.asarray(source.test.spot[0])
+    spot = np.asarray(source.test.spot)[0]
     return {"spot": spot, "time": np.arange(len(spot)) * config.market.years_per_step}
 
 
-def _bands(name: str, policy: Policy, params: Any, config: Config, source: Source) -> dict[str, np.ndarray]:
-    """No-transaction band over spot at some times to maturity: a policy's own, or its effective one."""
-    n_steps = config.market.n_steps
+def _shown(
+    name: str, row: Row, config: Config, source: Source
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What figures show of a method on the first test path, and over spot at some times to maturity.
+
+    Bands are a policy's own; over spot, of a simulated market, those that it has in effect if it has none.
+    """
+    n_steps, s = config.market.n_steps, source.market_settings
+    first = jax.tree.map(lambda x: np.asarray(x)[0], source.test)
+    if config.market.recorded:
+        spot = None
+    else:
+        reach = 2.5 * float(s.volatility) * np.sqrt(n_steps * float(s.dt))
+        spot = float(s.spot0) * np.exp(np.linspace(-reach, reach, 101))
+    of_path, over_spot = on_host(
+        _positions(row.policy, row.params, first, spot, source.test_settings, n_steps)
+    )
+    sample_path = {f"{name}/{key}": value for key, value in of_path.items()}
+    if spot is None:
+        return sample_path, {}
     decisions = np.unique([min(1, n_steps - 1), n_steps // 2, 4 * n_steps // 5, n_steps - 1])
-    s = source.market_settings
-    reach = 2.5 * float(s.volatility) * np.sqrt(n_steps * float(s.dt))
-    spot = float(s.spot0) * np.exp(np.linspace(-reach, reach, 101))
-    lower, upper = effective_band(policy, params, jnp.asarray(spot, float), source.test_settings, n_steps)
-    return {
-        "spot": spot,
-        "decision": decisions,
-        f"{name}/band_lower": np.asarray(lower)[decisions],
-        f"{name}/band_upper": np.asarray(upper)[decisions],
-    }
+    of_method = {f"{name}/{key}": value[decisions] for key, value in over_spot.items()}
+    return sample_path, {"spot": spot, "decision": decisions, **of_method}
 
 
-def _sampled(name: str, policy: Policy, params: Any, source: Source) -> dict[str, np.ndarray]:
-    """Hedge ratios, and bands where there are any, on the first test path."""
-    path = jax.tree.map(lambda x: x[0], source.test)
-    arrays = {f"{name}/hedge_ratio": jax.jit(policy.hedge_ratio)(params, path, source.test_settings)}
+@partial(jax.jit, static_argnames=("policy", "n_steps"))
+def _positions(
+    policy: Policy, params: Any, path: MarketPath, spot: Array | None, settings: Settings, n_steps: int
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Hedge ratios, and bands where there are any, along a path; bands over spots; all in one program."""
+    along, over = {"hedge_ratio": policy.hedge_ratio(params, path, settings)}, {}
     if policy.band is not None:
-        lower, upper = jax.jit(policy.band)(params, path, source.test_settings)
-        arrays |= {f"{name}/band_lower": lower, f"{name}/band_upper": upper}
-    return {key: np.asarray(value) for key, value in arrays.items()}
+        along["band_lower"], along["band_upper"] = policy.band(params, path, settings)
+    if spot is not None:
+        over["band_lower"], over["band_upper"] = effective_band(policy, params, spot, settings, n_steps)
+    return along, over

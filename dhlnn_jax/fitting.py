@@ -1,6 +1,7 @@
 """What a configuration's methods are built from: hedgers, contracts, policies, updates; and one evaluator."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -34,13 +35,19 @@ def build_hedger(name: str, config: Config) -> Hedger:
     extra: dict[str, Any] = {"prior": model.prior, "clamp": model.clamp}
     if method.recurrent:
         extra = {"form": model.form}
-    return method.make_hedger(
-        features=model.features,
-        hidden_sizes=model.hidden_sizes,
+    return _hedger(
+        method.make_hedger,
+        features=tuple(model.features),
+        hidden_sizes=tuple(model.hidden_sizes),
         centre=DELTAS[model.centre or default],
         centre_strike=model.centre_strike,
         **extra,
     )
+
+
+@lru_cache(maxsize=32)  # methods of the same network share its hedger, and what is compiled of it
+def _hedger(make_hedger: Callable[..., Hedger], **choices: Any) -> Hedger:
+    return make_hedger(**choices)
 
 
 def make_contract(config: Config) -> Contract:

@@ -6,13 +6,14 @@ else, so that a fleet is one compilation whatever its size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from dhlnn_jax.config import Config
 from dhlnn_jax.evaluate import HedgedPaths, hedged_paths
@@ -146,13 +147,14 @@ def member_of(tree: Any, i: int) -> Any:
 Evaluator = Callable[[Params, Sequence[MarketPath], Settings], HedgedPaths]
 
 
+@lru_cache(maxsize=32)  # the same policy asked for again is not compiled again
 def fleet_evaluator(policy: Policy, contract: Contract, *, mesh: Mesh | None = None) -> Evaluator:
     """`hedged_paths` of one policy for many members, in blocks, so that any number of paths compiles once.
 
     Args:
       mesh: devices that share the members, as in `over_members`.
     Returns: `evaluate(params [n_members, ...], paths, settings [n_members]) -> HedgedPaths` with arrays
-      [n_members, n_paths]; paths: those of each member, equally many.
+      [n_members, n_paths] on the host; paths: those of each member, equally many.
     """
     block = jax.jit(
         over_members(
@@ -167,9 +169,13 @@ def fleet_evaluator(policy: Policy, contract: Contract, *, mesh: Mesh | None = N
         for start in range(0, n_paths, size):
             # The last block is filled up with copies of the last path, which are cut off again.
             rows = np.minimum(np.arange(start, start + size), n_paths - 1)
-            taken = {id(of_one): jax.tree.map(lambda x, r=rows: x[r], of_one) for of_one in paths}
-            block_paths = jax.tree.map(lambda *x: jnp.stack(x), *(taken[id(of_one)] for of_one in paths))
-            done.append(block(params, block_paths, settings))
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1)[:, :n_paths], *done)
+            done.append(block(params, _stacked_rows(tuple(paths), rows), settings))
+        return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1)[:, :n_paths], *on_host(done))
 
     return evaluate
+
+
+@jax.jit
+def _stacked_rows(trees: Sequence[Any], rows: Array) -> Any:
+    """The given rows of the arrays of every tree, [n_trees, n_rows, ...]."""
+    return jax.tree.map(lambda *x: jnp.stack([of_one[rows] for of_one in x]), *trees)

@@ -5,6 +5,7 @@ what gets linearized or chunked by rows, everything after (`position`, `band`) d
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -80,6 +81,7 @@ class Policy(NamedTuple):
     response: Callable[[Params, MarketPath, Settings, Array], Array] | None = None
 
 
+@lru_cache(maxsize=32)  # so that the same hedger is the same policy, and compiled once
 def policy_of(hedger: Hedger) -> Policy:
     """The policy of a trained hedger; its params are the hedger's."""
 

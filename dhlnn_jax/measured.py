@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dhlnn_jax.case import Case
@@ -84,13 +83,6 @@ def measured_rows(
       checkpoint_folder: see `trainer.train_method`.
     Raises: FloatingPointError as `trainer.train_method`.
     """
-    with jax.default_matmul_precision(cases[0].config.matmul_precision):
-        return _measured_rows(name, cases, optimal, checkpoint_folder)
-
-
-def _measured_rows(
-    name: str, cases: Sequence[Case], optimal: Sequence[Row | None], checkpoint_folder: Path | None
-) -> list[Row]:
     if not METHODS[name].trained:
         members = [Member(case.config, case.source) for case in cases]
         return _rows(name, cases, [[member] for member in members], optimal, None)
@@ -127,12 +119,10 @@ def _rows(
         params = stacked([getattr(one, which) for one in trained.members])
     layout = layout_of(len(members), n_paths=1, devices=first.config.training.devices)
     evaluate = fleet_evaluator(policy, first.contract, mesh=layout.members)
-    money = on_host(
-        evaluate(
-            params,
-            [member.source.test for member in members],
-            stacked([member.source.test_settings for member in members]),
-        )
+    money = evaluate(
+        params,
+        [member.source.test for member in members],
+        stacked([member.source.test_settings for member in members]),
     )
     rows, done = [], 0
     for case, group, best in zip(cases, groups, optimal, strict=True):
@@ -141,8 +131,8 @@ def _rows(
         groups_of_paths = case.source.test_groups
         seeds, total = [], None
         for i, member in zip(of_case, group, strict=True):
-            measurement = measure(member_of(money, i), case.source.test_settings)
-            total = measurement if total is None else jax.tree.map(jnp.add, total, measurement)
+            measurement = on_host(measure(member_of(money, i), case.source.test_settings))
+            total = measurement if total is None else jax.tree.map(np.add, total, measurement)
             seeds.append(
                 Seed(
                     member.config.seed if trained is not None else None,
@@ -174,11 +164,11 @@ def case_metrics(case: Case, rows: dict[str, Row]) -> dict[str, Any]:
     for name, row in rows.items():
         apart, of_paths = regret(row.mean, rows["optimal"].mean, groups)
         by_seed = [float(seed.regret.value) for seed in row.seeds if seed.regret is not None]
-        both = Regret(apart, jnp.hypot(of_paths, _spread(by_seed)))
+        both = Regret(apart, np.hypot(of_paths, _spread(by_seed)))
         methods[name]["regret"] = regret_report(both, value)
     if case.exact is not None:
         risk = case.exact.values["entropic_risk_measure"] + case.config.contract.premium
-        unhedged = Regret(jnp.asarray(risk - value), jnp.asarray(0.0))
+        unhedged = Regret(np.asarray(risk - value), np.asarray(0.0))
         methods["no_hedge"]["regret"] = regret_report(unhedged, value)
     return metrics
 
@@ -252,14 +242,14 @@ def _paired(rows: dict[str, Row], reports: dict[str, Any], groups: Any) -> dict[
         exact = reports[name]["estimator"] == "quadrature"
         if exact and row.mean.effective_sample_size < MIN_EFFECTIVE_PATHS:
             values[name] = [{metric: x["value"] for metric, x in reports[name]["final"].items()}]
-            influences[name] = jax.tree.map(jnp.zeros_like, row.mean.influences)
+            influences[name] = jax.tree.map(np.zeros_like, row.mean.influences)
         else:
             values[name], influences[name] = [seed.values for seed in row.seeds], row.mean.influences
     paired = {}
     for a, b in itertools.combinations(rows, 2):
         n_seeds = max(len(values[a]), len(values[b]))  # a rule is the same for every seed
         both = [(values[a][i % len(values[a])], values[b][i % len(values[b])]) for i in range(n_seeds)]
-        apart = jax.tree.map(jnp.subtract, influences[a], influences[b])
+        apart = jax.tree.map(np.subtract, influences[a], influences[b])
         difference = [{metric: float(x[metric]) - float(y[metric]) for metric in x} for x, y in both]
         paired[f"{a}-{b}"] = _over_seeds(difference, standard_errors(apart, groups))
     return paired

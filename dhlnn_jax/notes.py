@@ -26,7 +26,7 @@ def notes_of(case: Case, metrics: Metrics) -> list[str]:
 def _about_scale(case: Case) -> list[str]:
     notes = []
     s = case.source.market_settings
-    scale = float(s.risk_aversion * s.spot0 * s.volatility * np.sqrt(s.maturity))
+    scale = float(s.risk_aversion) * float(s.spot0) * float(s.volatility) * np.sqrt(float(s.maturity))
     if not 0.1 <= scale <= 5:
         notes.append(
             f"risk_aversion * spot0 * volatility * sqrt(maturity) = {scale:.3g} lies outside 0.1 to 5: "

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, SupportsFloat
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from dhlnn_jax.bellman import (
     CUT,
@@ -46,7 +47,7 @@ from dhlnn_jax.hedge import band_hedge
 from dhlnn_jax.hedger import Policy, rule_policy
 from dhlnn_jax.market import MarketPath, observed_path
 from dhlnn_jax.optimal_lookback import LookbackHedge, solve_lookback
-from dhlnn_jax.payoff import CLAIMS, Claim
+from dhlnn_jax.payoff import CLAIMS, Claim, payoff_at
 from dhlnn_jax.pnl import Contract, proportional_cost
 from dhlnn_jax.settings import Settings
 
@@ -217,7 +218,7 @@ def _solved_once(
     keywords: dict[str, Any] = {**dict(numbers), "n_steps": n_steps, "liquidate": liquidate}
     if not claim.terminal:
         return solve_lookback(**keywords)
-    return solve_european(partial(claim.payoff, strike=keywords.pop("strike")), **keywords)
+    return solve_european(Partial(claim.payoff, strike=keywords.pop("strike")), **keywords)
 
 
 # Claims on the last spot.
@@ -232,12 +233,8 @@ class _Claim(NamedTuple):
     liquidate: bool
 
     def owed(self, log_spot: np.ndarray) -> np.ndarray:
-        """The payoff at log spots, in chunks of one shape so that JAX compiles it once."""
-        chunk = 2048
-        spot = np.exp(np.append(log_spot, np.zeros(-len(log_spot) % chunk))).reshape(-1, chunk)
-        with jax.enable_x64(True):
-            money = [np.asarray(jax.vmap(lambda s: self.payoff(s[None]))(part), float) for part in spot]
-        owed = np.concatenate([part.reshape(chunk) for part in money])[: len(log_spot)]
+        """The payoff at log spots."""
+        owed = payoff_at(self.payoff, np.exp(log_spot))
         if not np.all(np.isfinite(owed)):
             bad = np.exp(log_spot[~np.isfinite(owed)][0])
             raise UsageError(f"payoff must be finite at every spot > 0, it is not at {bad:g}")

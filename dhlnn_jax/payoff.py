@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Real
 
 Payoff = Callable[..., Array]  # (spot [n_times], *, strike) -> money
@@ -40,6 +43,26 @@ class Claim(NamedTuple):
     @property
     def terminal(self) -> bool:
         return self.depends_on == "terminal"
+
+
+def payoff_at(payoff: Callable[..., Array], spot: np.ndarray) -> np.ndarray:
+    """Money owed on paths of one spot each, [n_spots], on the host in float64.
+
+    Args:
+      payoff: `(spot [1]) -> money`. As a `jax.tree_util.Partial` it is compiled once for all numbers bound in
+        it, otherwise once for itself.
+    """
+    chunk = 2048  # of one shape, so that any number of spots is one program
+    tree = payoff if isinstance(payoff, Partial) else Partial(payoff)
+    parts = np.append(spot, np.ones(-len(spot) % chunk)).reshape(-1, chunk)
+    with jax.enable_x64(True):
+        money = [np.asarray(_payoff_of_spots(tree, part), float) for part in parts]
+    return np.concatenate(money)[: len(spot)] if money else np.empty(0)
+
+
+@jax.jit
+def _payoff_of_spots(payoff: Partial, spot: Array) -> Array:
+    return jax.vmap(lambda s: payoff(s[None]))(spot)
 
 
 CLAIMS: dict[str, Claim] = {

@@ -29,7 +29,8 @@ def prepare(*, devices: int | None = None) -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small ones are the most
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     try:
         jax.config.update("jax_num_cpu_devices", devices or _n_cores())
     except RuntimeError:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dhlnn_jax.case import Case, make_case
@@ -48,8 +49,13 @@ def sweep(config: Config, over: Mapping[str, Sequence[float]]) -> SweepResults:
     Raises: UsageError for an option that cannot be swept or a value that is not allowed.
       FloatingPointError as `trainer.train_method`.
     """
-    began = time.perf_counter()
     _check(config, over)
+    with jax.default_matmul_precision(config.matmul_precision):
+        return _sweep(config, over)
+
+
+def _sweep(config: Config, over: Mapping[str, Sequence[float]]) -> SweepResults:
+    began = time.perf_counter()
     points = [dict(zip(over, values, strict=True)) for values in itertools.product(*over.values())]
     configs = [_config_at(config, at) for at in points]
     sources = make_sources(configs, keys_of(config.seed).test)

@@ -67,6 +67,11 @@ TrainStep = Callable[[TrainState, PRNGKeyArray, Settings], tuple[TrainState, Tra
 def init_state(hedger: Hedger, update: Update, key: PRNGKeyArray) -> TrainState:
     """State before the first epoch."""
     params = jax.jit(hedger.init)(key)  # one compilation instead of one for each small operation
+    return first_state(params, update)
+
+
+def first_state(params: Params, update: Update) -> TrainState:
+    """State before the first epoch, from given parameters."""
     return TrainState(params, update.init(params), jnp.asarray(0))
 
 

@@ -6,6 +6,7 @@ of one.
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +35,10 @@ from dhlnn_jax.settings import Settings
 from dhlnn_jax.train import (
     CURVATURES,
     OBJECTIVES,
+    Objective,
     TrainInfo,
     TrainState,
-    init_state,
+    first_state,
     make_train_block,
     make_train_step,
 )
@@ -123,10 +125,11 @@ class _Trainer:
         hedger = build_hedger(name, config)
         self._validation = _Validation(name, members, [key.validation for key in keys], self._layout)
 
-        def init(key: PRNGKeyArray, rate: Array) -> TrainState:
-            return init_state(hedger, build_update(name, config, rate), key)
+        def begin(params: Params, rate: Array) -> TrainState:
+            return first_state(params, build_update(name, config, rate))
 
-        state = on_host(jax.jit(over_members(init))(jnp.stack([key.init for key in keys]), rates))
+        params = _initial_params(hedger.init, jnp.stack([key.init for key in keys]))
+        state = on_host(jax.jit(over_members(begin))(params, rates))
         saved = checkpoints.latest(_Saved(state, state.params))
         (state, self._best_params), self._log = saved or (_Saved(state, state.params), _new_log(len(members)))
         self._best_params = on_host(self._best_params)
@@ -223,12 +226,10 @@ class _Trainer:
                     best[i] = leaf
 
     def _measure(self) -> None:
-        money = on_host(
-            self._validation.evaluate(
-                on_host(self._state.params),
-                [member.source.test for member in self._members],
-                stacked([member.source.test_settings for member in self._members]),
-            )
+        money = self._validation.evaluate(
+            on_host(self._state.params),
+            [member.source.test for member in self._members],
+            stacked([member.source.test_settings for member in self._members]),
         )
         for i, (member, log) in enumerate(zip(self._members, self._log["members"], strict=True)):
             measurement = measure(member_of(money, i), member.source.test_settings)
@@ -272,7 +273,7 @@ class _Validation:
         self.evaluate = fleet_evaluator(
             policy_of(build_hedger(name, config)), make_contract(config), mesh=layout.members
         )
-        self._objective = jax.jit(over_members(OBJECTIVES[config.risk.kind]))
+        self._objective = OBJECTIVES[config.risk.kind]
         draw = jax.jit(members[0].source.train, static_argnums=1)
         n_paths = config.training.validation_paths
         self._paths = [draw(key, n_paths, m.source.settings)[0] for key, m in zip(keys, members, strict=True)]
@@ -280,7 +281,20 @@ class _Validation:
 
     def __call__(self, params: Params) -> np.ndarray:
         money = self.evaluate(params, self._paths, self._settings)
-        return np.asarray(self._objective(money.pnl, self._settings))
+        return np.asarray(_risks(self._objective, money.pnl, self._settings))
+
+
+# Compiled once for all methods that share a network or an objective.
+
+
+@partial(jax.jit, static_argnums=0)
+def _initial_params(init: Callable[[PRNGKeyArray], Params], keys: Array) -> Params:
+    return over_members(init)(keys)
+
+
+@partial(jax.jit, static_argnums=0)
+def _risks(objective: Objective, pnl: Array, settings: Settings) -> Array:
+    return over_members(objective)(pnl, settings)
 
 
 def _new_log(n_members: int) -> dict[str, Any]:

@@ -8,9 +8,10 @@ the nodes as PnL and the probabilities as weights. Host-level, float64.
 from typing import NamedTuple
 
 import numpy as np
+from jax.tree_util import Partial
 from scipy.special import ndtr
 
-from dhlnn_jax.payoff import Claim
+from dhlnn_jax.payoff import Claim, payoff_at
 from dhlnn_jax.settings import Settings
 
 # Beyond 10 standard deviations nothing moves for lambda P_0 sigma sqrt(T) up to about 3; see `unhedged_law`.
@@ -56,15 +57,8 @@ def unhedged_law(claim: Claim, settings: Settings, *, n_steps: int) -> UnhedgedL
         )
     else:
         raise ValueError("the unhedged law is known for claims on the last spot or the maximum only")
-    payoff = np.array(_payoff_of(claim, spot0 * np.exp(log_spot), strike), dtype=float)
+    payoff = payoff_at(Partial(claim.payoff, strike=strike), spot0 * np.exp(log_spot))
     return UnhedgedLaw(payoff, probability / probability.sum())
-
-
-def _payoff_of(claim: Claim, spots: np.ndarray, strike: float) -> np.ndarray:
-    import jax
-
-    with jax.enable_x64(True):
-        return np.asarray(jax.vmap(lambda s: claim.payoff(s[None], strike=strike))(spots))
 
 
 def _panels(low: float, high: float, *, width: float, edge: float) -> tuple[np.ndarray, np.ndarray]:

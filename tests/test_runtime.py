@@ -125,7 +125,10 @@ def test_importing_the_package_starts_no_jax():
         "from dhlnn_jax import runtime; runtime.prepare(devices=3); import jax; print(jax.device_count())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.split() == ["3"], done.stderr  # started, it would have one device, and join no other
 
