@@ -53,18 +53,20 @@ def test_seconds_are_those_of_the_first_look_at_the_target():
 
 def test_a_seed_that_does_not_get_there_takes_the_mean_and_not_yet_the_median():
     there, slower, never = (curve((2, s, 2 * s, p)) for s, p in ((1.0, 0.05), (3.0, 0.07), (2.0, 0.6)))
-    row = tuned_report.summary([there, slower, never], 0.1)
+    row = tuned_report.summary([there, slower, never], 0.1, 3)
     assert row["wall"] == {"mean": None, "median": 3.0, "by_seed": [1.0, 3.0, None]}
     assert row["cpu"]["by_seed"] == [2.0, 6.0, None] and row["n_reached"] == 2
     assert row["end_percent"] == pytest.approx(0.24)
     assert row["end_stderr"] == pytest.approx(np.std([0.05, 0.07, 0.6], ddof=1) / np.sqrt(3))
-    json.dumps(tuned_report.summary([curve((2, 1.0, 1.0, math.nan))], 0.1), allow_nan=False)
+    cut_short = tuned_report.summary([never], 0.1, 3)
+    assert (cut_short["n_trained"], cut_short["wall"]["median"]) == (1, None)
+    json.dumps(tuned_report.summary([curve((2, 1.0, 1.0, math.nan))], 0.1, 1), allow_nan=False)
 
 
 def test_best_is_the_smallest_mean_of_points_that_all_seeds_reach():
     def row(method, n_paths, *seconds):
         curves = [curve((1, s, s, 0.05 if s < 9 else 1.0)) for s in seconds]
-        return {"method": method, "n_paths": n_paths, **tuned_report.summary(curves, 0.1)}
+        return {"method": method, "n_paths": n_paths, **tuned_report.summary(curves, 0.1, 2)}
 
     rows = [row("a", 1, 1.0, 9.0), row("a", 2, 3.0, 3.0), row("a", 3, 2.0, 3.0), row("b", 1, 9.0, 9.0)]
     best = tuned_report.best_points(rows)
@@ -81,7 +83,7 @@ def test_ratios_are_taken_seed_by_seed():
 
 
 def test_grids_hold_all_combinations_and_options_stand_in_for_them():
-    assert len(tuned.grid_points(["dhntb"])) == 3 * (3 + 4 + 3 + 3)
+    assert len(tuned.grid_points(["dhntb"])) == 3 * (2 + 3 + 3 + 2)
     newton = tuned.grid_points(["dhlnn_newton"], rates=[0.5], batch=[1000])
     assert [(p.rate, p.n_inner) for p in newton] == [(None, 1), (None, 2)]
     assert tuned.grid_points(["dhntb"], batch=[7], rates=[0.5], epochs=[3]) == [
@@ -161,7 +163,7 @@ def test_tiny_grid_end_to_end(config_file, tmp_path, monkeypatch, capsys):
 
 
 def test_not_reached_is_said(capsys):
-    rows = [{**point._asdict(), **tuned_report.summary([curve((1, 1.0, 1.0, 2.0))], 0.1)}
+    rows = [{**point._asdict(), **tuned_report.summary([curve((1, 1.0, 1.0, 2.0))], 0.1, 1)}
             for point in tuned.grid_points(["dhlnn"], batch=[16], epochs=[1], rates=[1e-3])]  # fmt: skip
     best = tuned_report.best_points(rows)
     ours = {"target_percent": 0.1, "seeds": 1, "points": rows, "best": best, "ratio_to_adam": {}}
