@@ -34,6 +34,8 @@ from dhlnn_jax.timing import (
     ratio,
     spread,
 )
+from dhlnn_jax.tuned import GRIDS, tuned
+from dhlnn_jax.tuned_report import print_tuned
 from dhlnn_jax.workload import (
     Answer,
     compiled,
@@ -269,6 +271,13 @@ def _race(options: argparse.Namespace) -> Answer:
     return answer
 
 
+def _tuned(options: argparse.Namespace) -> Answer:
+    """Seconds to a small regret, each method at the best of its grid; evaluation is off the clock."""
+    answer = tuned(options)
+    print_tuned(answer)
+    return answer
+
+
 def _rows(text: str) -> int:
     return 0 if text == "0" else _positive(text)
 
@@ -276,6 +285,7 @@ def _rows(text: str) -> int:
 QUESTIONS: dict[str, Callable[[argparse.Namespace], Answer]] = {
     "step": step,
     "time-to-regret": _race,
+    "tuned": _tuned,
     "sweep": sweep,
     "scaling": scaling,
     "memory": memory,
@@ -292,12 +302,15 @@ def _parser() -> _Parser:
     for name, option in add.items():
         option("--json", type=Path, metavar="FILE", help="also write the numbers here, beside other answers")
         option("--overwrite", action="store_true", help="replace an earlier answer to this question in FILE")
-        option("--repeats", type=_positive, default=3 if name in ("time-to-regret", "compile") else 7)
+        if name != "tuned":
+            option("--repeats", type=_positive, default=3 if name in ("time-to-regret", "compile") else 7)
         option("--chunk", type=_rows, metavar="ROWS", help="rows at a time, 0: all; default: as in training")
         if name not in ("scaling", "sweep"):
-            option("--devices", type=_positive, help="that share the paths; default: as in training")
+            alone = {"default": 1, "help": "that share the paths (default: 1)"}
+            shared = {"help": "that share the paths; default: as in training"}
+            option("--devices", type=_positive, **(alone if name == "tuned" else shared))
         if name != "memory":
-            paths = 1_000_000 if name == "time-to-regret" else 4000 if name == "sweep" else 10_000
+            paths = {"time-to-regret": 1_000_000, "tuned": 200_000, "sweep": 4000}.get(name, 10_000)
             option("--n-paths", type=_positive, default=paths, help=f"default: {paths}")
         if name in ("step", "sweep", "scaling"):
             option("--steps", type=_positive, default=3, help="training steps a repeat (default: 3)")
@@ -305,11 +318,20 @@ def _parser() -> _Parser:
             option("--peers", action="store_true", help="pfhedge and a PyTorch loop beside it (1 GB, once)")
             option("--peers-python", type=Path, metavar="PYTHON", help="that has torch and pfhedge already")
     add["step"]("--trained", type=_positive, default=40, metavar="EPOCHS", help="before the second time")
+    for name in ("time-to-regret", "tuned"):
+        option = add[name]
+        option("--config", type=Path, default=_CONFIGS / "benchmark_european.toml", help="of our recipe")
+        option("--target", type=float, default=0.1, help="percent of the exact optimum (default: 0.1)")
     option = add["time-to-regret"]
-    option("--config", type=Path, default=_CONFIGS / "benchmark_european.toml", help="of our recipe")
-    option("--target", type=float, default=0.1, help="percent of the exact optimum (default: 0.1)")
     option("--seconds", type=float, default=60.0, help="of training, then it is not reached (default: 60)")
     option("--every", type=_positive, default=10, help="epochs between two evaluations (default: 10)")
+    option = add["tuned"]
+    option("--seeds", type=_positive, default=5, help="trainings of every point of a grid (default: 5)")
+    option("--looks", type=_positive, default=10, help="at the regret, evenly over a training (default: 10)")
+    option("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS), help="default: all")
+    option("--batch", type=_positive, nargs="+", metavar="PATHS", help="paths an epoch; default: the grid's")
+    option("--rates", type=float, nargs="+", metavar="RATE", help="learning rates; default: the grid's")
+    option("--epochs", type=_positive, nargs="+", help="of a training; default: the grid's")
     add["sweep"]("--members", type=_positive, default=8, help="hedgers (default: 8)")
     add["scaling"]("--counts", type=_positive, nargs="+", default=[1, 2, 4], help="of host devices")
     add["memory"]("--sizes", type=_positive, nargs="+", default=[2500, 10_000, 40_000], help="paths")

@@ -94,23 +94,25 @@ def remedy(name: str, config: Config) -> str:
     return f"lower {rate_option(name, config)} = {learning_rate(name, config):g}"
 
 
-def build_update(name: str, config: Config, rate: ArrayLike | None = None) -> Update:
+def build_update(
+    name: str, config: Config, rate: ArrayLike | None = None, epochs: ArrayLike | None = None
+) -> Update:
     """How a method's parameters are moved.
 
     Args:
-      rate: learning rate, which may be traced, in place of the configured one.
+      rate, epochs: learning rate and epochs in all, which may be traced, in place of the configured ones.
     """
     nested, newton = config.nested, config.newton
     rate = learning_rate(name, config) if rate is None else rate
     if METHODS[name].update == "optimizer":
-        return optax_update(_optimizer(config, rate))
+        return optax_update(_optimizer(config, rate, epochs))
     if METHODS[name].update == "newton":
         layer = build_hedger(name, config).output_layer
         assert layer is not None
         return newton_update(layer, n_inner=newton.n_inner, damping=newton.damping, burn_in=newton.burn_in)
     return nested_update(
-        _optimizer(config, rate),
-        learning_rate=_schedule(config, rate),
+        _optimizer(config, rate, epochs),
+        learning_rate=_schedule(config, rate, epochs),
         n_inner=nested.n_inner,
         tolerance=nested.tolerance,
         risk_weights=nested.risk_weights,
@@ -120,14 +122,14 @@ def build_update(name: str, config: Config, rate: ArrayLike | None = None) -> Up
     )
 
 
-def _schedule(config: Config, rate: Any) -> optax.Schedule:
+def _schedule(config: Config, rate: Any, epochs: Any = None) -> optax.Schedule:
     training = config.training
-    after = max(training.epochs - training.warmup, 1)
-    main = (
-        optax.cosine_decay_schedule(rate, after)
-        if training.schedule == "cosine"
-        else optax.constant_schedule(rate)
-    )
+    after = jnp.maximum((training.epochs if epochs is None else epochs) - training.warmup, 1)
+
+    def cosine(count: ArrayLike) -> ArrayLike:  # optax's own takes no traced number of steps
+        return rate * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(count, after) / after))
+
+    main = cosine if training.schedule == "cosine" else optax.constant_schedule(rate)
     if not training.warmup:
         return main
     # The first step has a rate above zero: (epoch + 1) / warmup of the full one.
@@ -135,8 +137,8 @@ def _schedule(config: Config, rate: Any) -> optax.Schedule:
     return optax.join_schedules([rising, main], [training.warmup])
 
 
-def _optimizer(config: Config, rate: Any) -> optax.GradientTransformation:
-    return getattr(optax, config.training.optimizer)(_schedule(config, rate))
+def _optimizer(config: Config, rate: Any, epochs: Any = None) -> optax.GradientTransformation:
+    return getattr(optax, config.training.optimizer)(_schedule(config, rate, epochs))
 
 
 def evaluator(policy: Policy, contract: Contract) -> Callable[[Params, MarketPath, Settings], HedgedPaths]:

@@ -13,59 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dhlnn_jax.config import Config, load_config
-from dhlnn_jax.errors import UsageError
-from dhlnn_jax.fitting import build_hedger, evaluator, make_contract
-from dhlnn_jax.hedger import Hedger, make_band_hedger, policy_of
-from dhlnn_jax.market import SIMULATORS, make_simulation_sampler
-from dhlnn_jax.optimal import optimal_policy, solve_contract
+from dhlnn_jax.fitting import build_hedger
+from dhlnn_jax.hedger import make_band_hedger
+from dhlnn_jax.judge import Judge
 from dhlnn_jax.progress import progress_bar
-from dhlnn_jax.risk import entropic_risk_measure, paired_stderr
-from dhlnn_jax.source import settings_of
 from dhlnn_jax.timing import PEERS, LineProcess, peers_process, spread
 from dhlnn_jax.workload import METHOD, Answer, Params, compiled, make_workload, peers_problem
-
-
-class _Judge:
-    """Regret to the exact optimum on one fixed set of paths, percent of the optimum, with its paired error.
-
-    A twentieth of the paths decides alone where the regret is more than three errors above the target.
-    """
-
-    def __init__(self, config: Config, n_paths: int, target: float):
-        self.settings, self.contract, self._target = settings_of(config), make_contract(config), target
-        n_steps = config.market.n_steps
-        sample = make_simulation_sampler(SIMULATORS[config.market.kind], n_steps=n_steps)
-        key = jax.random.fold_in(jax.random.key(config.seed), 3)
-        self.paths = jax.jit(sample, static_argnums=1)(key, n_paths, self.settings)[0]
-        optimum = solve_contract(self.contract, self.settings, n_steps=n_steps)
-        evaluate = evaluator(optimal_policy(optimum), self.contract)
-        self._optimal = np.asarray(evaluate(None, self.paths, self.settings).pnl, float)
-        self._value = optimum.value
-
-    def evaluator(self, hedger: Hedger) -> Callable[[Params, int], np.ndarray]:
-        """(params, n_paths) -> PnL on the first paths."""
-        evaluate = evaluator(policy_of(hedger), self.contract)
-
-        def pnl(params: Params, n_paths: int) -> np.ndarray:
-            paths = jax.tree.map(lambda x: x[:n_paths], self.paths)
-            return np.asarray(evaluate(params, paths, self.settings).pnl, float)
-
-        return pnl
-
-    def percent(self, pnl: Callable[[int], np.ndarray], *, whole: bool = False) -> tuple[float, float]:
-        n_paths = len(self._optimal)
-        if not whole and n_paths >= 200_000:
-            value, error = self._regret(pnl(n_paths // 20))
-            if not value - 3 * error <= self._target:
-                return value, error
-        return self._regret(pnl(n_paths))
-
-    def _regret(self, pnl: np.ndarray) -> tuple[float, float]:
-        with jax.enable_x64(True):
-            risk = partial(entropic_risk_measure, risk_aversion=float(self.settings.risk_aversion))
-            ours, best = jnp.asarray(pnl), jnp.asarray(self._optimal[: len(pnl)])
-            value, error = risk(ours) - risk(best), paired_stderr(risk, ours, best)
-            return 100 * float(value) / self._value, 100 * float(error) / self._value
 
 
 class _Reached(NamedTuple):
@@ -101,9 +54,7 @@ def _until(
 def time_to_regret(options: argparse.Namespace) -> Answer:
     """Seconds of training until the regret is small; evaluation is off the clock."""
     config = load_config(options.config)
-    if config.no_optimum is not None:
-        raise UsageError(f"{options.config}: the exact optimum {config.no_optimum}")
-    judge = _Judge(config, options.n_paths, options.target)
+    judge = Judge(config, options.n_paths, options.target)
     limits: dict[str, Any] = {
         "target": options.target,
         "every": options.every,
@@ -156,7 +107,7 @@ def print_race(answer: Answer) -> None:
 
 
 def _ours_until(
-    config: Config, judge: _Judge, seed: int, options: argparse.Namespace, limits: dict[str, Any]
+    config: Config, judge: Judge, seed: int, options: argparse.Namespace, limits: dict[str, Any]
 ) -> tuple[_Reached, float]:
     jax.clear_caches()
     began = time.perf_counter()
@@ -178,7 +129,7 @@ def _ours_until(
 
 
 def _peer_until(
-    process: LineProcess, name: str, config: Config, judge: _Judge, seed: int, limits: dict[str, Any]
+    process: LineProcess, name: str, config: Config, judge: Judge, seed: int, limits: dict[str, Any]
 ) -> tuple[_Reached, float]:
     """What it reached, and the largest difference of its own PnL from ours of its network on some paths."""
     as_ours = name == "torch_loop"

@@ -10,18 +10,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from dhlnn_jax.config import Config, load_config, make_config
 from dhlnn_jax.fitting import build_hedger, build_update, make_contract
 from dhlnn_jax.hedger import Hedger, batched_inputs
 from dhlnn_jax.market import SIMULATORS, Sampler, make_simulation_sampler
+from dhlnn_jax.nested import Update
 from dhlnn_jax.pnl import Contract, contract_pnl
 from dhlnn_jax.runtime import path_mesh, prepare
 from dhlnn_jax.settings import Settings
 from dhlnn_jax.source import settings_of
 from dhlnn_jax.timing import LineProcess, compile_clock, cores, peak_memory
-from dhlnn_jax.train import OBJECTIVES, Objective, TrainState, TrainStep, init_state, make_train_step
+from dhlnn_jax.train import (
+    CURVATURES,
+    OBJECTIVES,
+    Objective,
+    TrainState,
+    TrainStep,
+    init_state,
+    make_train_step,
+)
 
 Params = Any
 Answer = dict[str, Any]
@@ -42,21 +51,31 @@ class Workload(NamedTuple):
     contract: Contract
     objective: Objective
     settings: Settings
+    update: Update
     step: TrainStep
     init: Callable[[int], TrainState]
     mesh: Mesh | None
 
 
-def make_workload(config: Config, *, chunk: int | None = None, n_devices: int | None = None) -> Workload:
+def make_workload(
+    config: Config,
+    *,
+    method: str = METHOD,
+    chunk: int | None = None,
+    n_devices: int | None = None,
+    rate: ArrayLike | None = None,
+    epochs: ArrayLike | None = None,
+) -> Workload:
     """The one place that builds the library's training step.
 
     Args:
       chunk: rows at a time; 0: all at once. n_devices: that share the paths. None: as `fitting` trains.
+      rate, epochs: may be traced, as in `fitting.build_update`.
     """
     if chunk is None:
         chunk = config.training.chunk_size or (500 if jax.default_backend() == "cpu" else 0)
     mesh = path_mesh(config.training.n_paths, devices=n_devices)
-    hedger, update = build_hedger(METHOD, config), build_update(METHOD, config)
+    hedger, update = build_hedger(method, config), build_update(method, config, rate, epochs)
     market, contract, objective = config.market, make_contract(config), OBJECTIVES[config.risk.kind]
     sample = make_simulation_sampler(SIMULATORS[market.kind], n_steps=market.n_steps, noise=market.noise)
     step = make_train_step(
@@ -66,6 +85,7 @@ def make_workload(config: Config, *, chunk: int | None = None, n_devices: int | 
         objective,
         update,
         n_paths=config.training.n_paths,
+        curvature=CURVATURES.get(config.risk.kind),
         chunk_size=chunk or None,
         mesh=mesh,
     )
@@ -76,6 +96,7 @@ def make_workload(config: Config, *, chunk: int | None = None, n_devices: int | 
         contract=contract,
         objective=objective,
         settings=settings_of(config),
+        update=update,
         step=step,
         init=lambda seed: init_state(hedger, update, jax.random.key(seed)),
         mesh=mesh,
