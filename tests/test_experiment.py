@@ -64,8 +64,8 @@ def test_counts_are_those_of_the_algorithms(smoke):
     for name in METHODS:
         assert rows[name]["paths_simulated"] == (8 * 256 if name in TRAINED else 0)
         assert (rows[name]["train_seconds"] > 0) == (rows[name]["compile_seconds"] > 0) == (name in TRAINED)
-    # one gradient an epoch, and n_inner of them in nested training
-    assert [rows[name]["gradient_evaluations"] for name in METHODS] == [0, 8 * 3, 8, 8, 0, 0, 0, 0, 0, 0]
+    # one gradient an epoch, and n_inner of them in nested training (Gauss-Newton: 1 by default)
+    assert [rows[name]["gradient_evaluations"] for name in METHODS] == [0, 8 * 3, 8, 8, 8, 0, 0, 0, 0, 0, 0]
 
 
 def test_history_holds_the_asked_epochs_and_ends_in_the_final_row(smoke):
@@ -210,7 +210,7 @@ def test_sample_path_is_the_first_test_path(smoke):
         assert held.shape == (10,)
         assert gain == pytest.approx(smoke.pnl[f"{name}/trading_gain"][0], abs=1e-6)
     banded = {key.split("/")[0] for key in arrays.files if key.endswith("band_lower")}
-    assert banded == {"optimal", "dhlnn", "dhntb", "whalley_wilmott", "fixed_band"}
+    assert banded == {"optimal", "dhlnn", "dhlnn_newton", "dhntb", "whalley_wilmott", "fixed_band"}
     inside = arrays["dhlnn/hedge_ratio"]
     lower, upper = arrays["dhlnn/band_lower"], arrays["dhlnn/band_upper"]
     assert np.all((inside >= lower - 1e-6) & (inside <= upper + 1e-6) | (lower > upper))
