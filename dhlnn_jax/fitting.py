@@ -147,6 +147,6 @@ def evaluator(policy: Policy, contract: Contract) -> Callable[[Params, MarketPat
 
     def evaluate(params: Params, paths: MarketPath, settings: Settings) -> HedgedPaths:
         alone = jax.tree.map(lambda x: jnp.asarray(x)[None], params)
-        return jax.tree.map(lambda x: x[0], of_members(alone, [paths], stacked([settings])))
+        return jax.tree.map(lambda x: jnp.asarray(x[0]), of_members(alone, [paths], stacked([settings])))
 
     return evaluate

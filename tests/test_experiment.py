@@ -64,7 +64,7 @@ def test_counts_are_those_of_the_algorithms(smoke):
     for name in METHODS:
         assert rows[name]["paths_simulated"] == (8 * 256 if name in TRAINED else 0)
         assert (rows[name]["train_seconds"] > 0) == (rows[name]["compile_seconds"] > 0) == (name in TRAINED)
-    # one gradient an epoch, and n_inner of them in nested training
+    # one gradient an epoch, and n_inner of them in nested training (Gauss-Newton: 1 by default)
     assert [rows[name]["gradient_evaluations"] for name in METHODS] == [0, 8 * 3, 8, 8, 8, 0, 0, 0, 0, 0, 0]
 
 
