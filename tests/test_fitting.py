@@ -91,6 +91,22 @@ def test_cosine_schedule_falls_after_the_warm_up():
     np.testing.assert_allclose(moved, wanted, rtol=1e-5)
 
 
+def test_rate_and_epochs_may_be_traced():
+    problem = Problem(outputs=lambda w: w, value=lambda y: y, risk=lambda v: jnp.sum(v))
+    given = config(training={"optimizer": "sgd", "warmup": 2, "epochs": 99, "schedule": "cosine"})
+
+    @jax.jit
+    def run(rate, epochs):
+        update = build_update("dhntb", given, rate, epochs)
+        w, state = jnp.zeros(1), update.init(jnp.zeros(1))
+        for _ in range(6):
+            w, state, _ = update.apply(problem, w, state)
+        return w[0]
+
+    wanted = [0.05, 0.1, *(0.05 * (1 + np.cos(np.pi * i / 4)) for i in range(4))]
+    np.testing.assert_allclose(run(0.1, 6), -sum(wanted), rtol=1e-5)
+
+
 def test_one_epoch_of_warm_up_is_none():
     assert (
         steps_taken("dhntb", 2, optimizer="sgd", learning_rate=0.1, warmup=1, epochs=2)
