@@ -4,6 +4,7 @@ A network is linear in its output layer as it is, and that layer is small enough
 summed up and solved with: one inner problem, exact but for the risk. The hidden layers stay as they are.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from dhlnn_jax.nested import Problem, Update, UpdateInfo
 
 Params = Any
 
-_FRACTIONS = (0.0, *(0.5**k for k in range(7)))  # of a whole step
+_SHORTEST = 1 / 64  # of a whole step
 
 
 class NewtonState(NamedTuple):
@@ -34,9 +35,10 @@ def newton_update(layer: OutputLayer, *, n_inner: int = 1, damping: float = 0.03
       C <- C + gain_r (G - C),  W <- W - t gain_r (C + damping gain_r scale I)^-1 g
 
     for each output y of the layer: x its inputs, v the value that y belongs to, rho'' the second derivative
-    of the risk to v, scale the mean diagonal of C over all outputs, t that of 0, 1, 1/2, ..., 1/64 at which
-    the risk of the batch is lowest. So the first burn_in + 1 batches take whole steps if they help, and later
-    ones average over batches. Without t a step from a band that is far off can end in one that is never left.
+    of the risk to v, scale the mean diagonal of C over all outputs, t the first of 1, 1/2, ..., 1/64 that
+    lowers the risk of the batch, else 0. So the first burn_in + 1 batches take whole steps if they help, and
+    later ones average over batches. Without t a step from a band that is far off can end in one that is never
+    left.
 
     Args:
       layer: of the network behind `Problem.outputs`.
@@ -80,9 +82,7 @@ def newton_update(layer: OutputLayer, *, n_inner: int = 1, damping: float = 0.03
 
             # Outputs are linear in the weights: one pass for the whole step serves all of its fractions.
             change = problem.outputs(layer.replace(params, weights - gain * shift)) - outputs
-            fractions = jnp.asarray(_FRACTIONS)
-            risks = jax.lax.map(lambda t: problem.risk(problem.value(outputs + t * change)), fractions)
-            fraction = fractions[jnp.argmin(jnp.where(jnp.isfinite(risks), risks, jnp.inf))]
+            fraction = _backtracked(lambda t: problem.risk(problem.value(outputs + t * change)), risk)
             moved = layer.replace(params, weights - fraction * gain * shift)
             return moved, mean, UpdateInfo(risk, jnp.linalg.norm(gradient), jnp.asarray(n_inner), outputs)
 
@@ -112,3 +112,18 @@ def _solve(
         return jax.scipy.linalg.solve(matrix + shift, vector, assume_a="pos")
 
     return jnp.where(alive, jax.vmap(one)(curvature, gradient), 0.0)
+
+
+def _backtracked(risk_at: Callable[[Array], Array], risk: Array) -> Array:
+    """The first of 1, 1/2, ..., 1/64 at which the risk is lower than it was, else 0."""
+
+    def shortened(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        fraction = 0.5 * carry[0]
+        return fraction, risk_at(fraction)
+
+    def goes_on(carry: tuple[Array, Array]) -> Array:
+        return ~(carry[1] < risk) & (carry[0] > _SHORTEST)  # a risk that is not a number is not lower
+
+    whole = jnp.ones_like(risk)
+    fraction, reached = jax.lax.while_loop(goes_on, shortened, (whole, risk_at(whole)))
+    return jnp.where(reached < risk, fraction, 0.0)

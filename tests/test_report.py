@@ -79,7 +79,8 @@ def test_table_shows_the_numbers_of_metrics_json(moved, capsys):
     for row in results.metrics["methods"].values():
         assert f"{row['regret']['value']:.6f} ±" in out and f"{row['regret']['percent']:.2f} ±" in out
     assert f"exact optimum of the entropic risk: {results.metrics['optimum']['value']:.7f}" in out
-    assert f"entropic risk less that of {REGISTRY[best].label} (paired)" in out
+    # a title is broken where its table is narrower
+    assert f"entropic risk less that of {REGISTRY[best].label} (paired)" in " ".join(out.split())
     for pair, numbers in results.metrics["paired"].items():
         if best in pair.split("-") and "optimal" not in pair:
             sign = -1 if pair.startswith(f"{best}-") else 1

@@ -76,7 +76,7 @@ def test_hedge_ratios_so_far_do_not_depend_on_what_comes(hedgers, name):
 def test_bands_are_those_of_the_band_methods(hedgers):
     for name in METHODS:
         positions = hedgers[name].positions(SPOT)
-        if name in ("optimal", "dhlnn", "dhntb", "whalley_wilmott", "fixed_band"):
+        if name in ("optimal", "dhlnn", "dhlnn_newton", "dhntb", "whalley_wilmott", "fixed_band"):
             lower, upper, held = positions.band_lower, positions.band_upper, positions.hedge_ratio
             inside = (held >= lower - 1e-6) & (held <= upper + 1e-6)
             assert np.all(inside | (lower > upper))
@@ -127,7 +127,7 @@ def test_pnl_needs_whole_paths(hedgers):
 
 
 def test_unknown_methods_and_folders_are_refused(folder, tmp_path):
-    with pytest.raises(UsageError, match="has no method 'dhlmn'; it has optimal, dhlnn, dhntb"):
+    with pytest.raises(UsageError, match="has no method 'dhlmn'; it has optimal, dhlnn, dhlnn_newton"):
         load(folder, "dhlmn")
     with pytest.raises(UsageError, match="holds no finished run"):
         load(tmp_path, "dhlnn")
