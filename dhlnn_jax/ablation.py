@@ -65,8 +65,8 @@ def passes(config: Config, update: str, *, n_updates: int, n_gradients: float) -
     Optimizer: 1 forward and 1 VJP an update. Nested, n inner steps taken: 1 forward, 1 VJP for the exact
     gradient, 1 more for g_0 if the cost is a surrogate; then for each of the n - 1 others 1 JVP and 1 VJP of
     the linearized network, 1 forward and 1 VJP where nothing is linearized, nothing where the direction is
-    frozen. Gauss-Newton: 1 forward and 1 VJP a step, cut short at the output layer. So VJP = n_gradients in
-    all cases.
+    frozen. Gauss-Newton: 1 forward an update, and 1 VJP a step that ends at the output layer. So VJP =
+    n_gradients in all cases.
 
     Numerics: what `rows` recomputes is not counted: with chunks every JVP runs forward again, and every VJP
       does for the rows whose cotangent is not zero, which are also the only ones that it looks at.
@@ -75,7 +75,7 @@ def passes(config: Config, update: str, *, n_updates: int, n_gradients: float) -
     n_first = 2 if nested and config.nested.cost_surrogate != "absolute" else 1
     n_further = n_gradients - n_first * n_updates
     if update == "dhlnn_newton":
-        return Passes(n_gradients, 0, n_gradients)
+        return Passes(n_updates, 0, n_gradients)
     if nested and config.nested.linearization == "none":
         return Passes(n_updates + n_further, 0, n_gradients)
     return Passes(n_updates, n_further, n_gradients)

@@ -254,7 +254,7 @@ class NewtonConfig(_Section):
     """Gauss-Newton steps on the output layer (dhlnn_newton); see dhlnn_jax.newton."""
 
     n_inner: int = Field(1, gt=0, description="steps on the same batch")
-    damping: float = Field(0.03, gt=0, description="of the first steps, relative to the mean curvature")
+    damping: float = Field(0.01, gt=0, description="of the first steps, relative to the mean curvature")
     burn_in: int = Field(3, ge=0, description="epochs of whole steps before averaging over epochs")
 
 

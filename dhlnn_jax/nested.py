@@ -47,8 +47,9 @@ class Problem(NamedTuple):
       surrogate_value: outputs -> values used by the inner iterations; None for `value` itself.
       linearize: params -> `outputs` linearized there; None for `linearize_at(outputs, params)`.
       risk_curvature: values -> second derivative of the risk to each, or an approximation; `newton` needs it.
-      output_moments: (params, a, b), each like outputs -> sums over rows of a x^T [n_outputs, n_inputs] and
-        of b x x^T [n_outputs, n_inputs, n_inputs], x the inputs of the output layer; `newton` needs it.
+      inputs: params -> inputs x of the output layer [..., n_inputs], so that outputs are x @ its weights.
+      row_moments: (x, a, b), a and b like outputs -> sums over rows of a x^T [n_outputs, n_inputs] and of
+        b x x^T [n_outputs, n_inputs, n_inputs]; `newton` needs both.
     """
 
     outputs: Callable[[Params], Outputs]
@@ -57,7 +58,8 @@ class Problem(NamedTuple):
     surrogate_value: Callable[[Outputs], Array] | None = None
     linearize: Callable[[Params], Linearization] | None = None
     risk_curvature: Callable[[Array], Array] | None = None
-    output_moments: Callable[[Params, Array, Array], tuple[Array, Array]] | None = None
+    inputs: Callable[[Params], Array] | None = None
+    row_moments: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None
 
 
 class UpdateInfo(NamedTuple):

@@ -17,6 +17,7 @@ from dhlnn_jax.nested import Problem, Update, UpdateInfo
 Params = Any
 
 _SHORTEST = 1 / 64  # of a whole step
+_LEFT_ALIVE = 0.25  # of the rows that an output counts in, at least, after a step
 
 
 class NewtonState(NamedTuple):
@@ -26,7 +27,7 @@ class NewtonState(NamedTuple):
     curvature: Float[Array, "n_outputs n_inputs n_inputs"]
 
 
-def newton_update(layer: OutputLayer, *, n_inner: int = 1, damping: float = 0.03, burn_in: int = 3) -> Update:
+def newton_update(layer: OutputLayer, *, n_inner: int = 1, damping: float = 0.01, burn_in: int = 3) -> Update:
     """Gauss-Newton on the weights W of the output layer, averaged over batches.
 
     In batch r, n_inner times, with gain_r = 1 / (1 + max(r - burn_in, 0)), r from 0:
@@ -35,18 +36,19 @@ def newton_update(layer: OutputLayer, *, n_inner: int = 1, damping: float = 0.03
       C <- C + gain_r (G - C),  W <- W - t gain_r (C + damping gain_r scale I)^-1 g
 
     for each output y of the layer: x its inputs, v the value that y belongs to, rho'' the second derivative
-    of the risk to v, scale the mean diagonal of C over all outputs, t the first of 1, 1/2, ..., 1/64 that
-    lowers the risk of the batch, else 0. So the first burn_in + 1 batches take whole steps if they help, and
-    later ones average over batches. Without t a step from a band that is far off can end in one that is never
-    left.
+    of the risk to v, scale the mean diagonal of C over all outputs. So the first burn_in + 1 batches take
+    whole steps if they may, and later ones average over batches. t is the first of 1, 1/2, ..., 1/64 that
+    lowers the risk of the batch and leaves every output a quarter of the rows that it counts in, else 0: the
+    quadratic model is made of those rows, and an edge of a band that no path reaches never comes back.
 
     Args:
       layer: of the network behind `Problem.outputs`.
       n_inner: steps on the same batch. damping: of the first steps, relative to the mean curvature.
     Raises: ValueError for n_inner < 1, a damping that is not above 0, burn_in < 0; and at the first update
-      for a problem without `risk_curvature` or `output_moments`.
-    Numerics: G leaves out the products of different rows and outputs of one value, and the rank-one part of a
-      risk's second derivative. For rows that are values, linear in W, G is the whole Hessian.
+      for a problem without `risk_curvature`, `inputs` or `row_moments`.
+    Numerics: x of all rows is kept during an update, and serves all its steps. G leaves out the products of
+      different rows and outputs of one value, and the rank-one part of a risk's second derivative. For rows
+      that are values, linear in W, G is the whole Hessian.
     Source: Gauss-Newton as in Nocedal and Wright (2006), chapter 10; gains of a stochastic Newton method as
       in Bercu, Godichon-Baggioni and Portier (2020).
     """
@@ -63,35 +65,51 @@ def newton_update(layer: OutputLayer, *, n_inner: int = 1, damping: float = 0.03
         return NewtonState(jnp.asarray(0), jnp.zeros((n_outputs, n_inputs, n_inputs), weights.dtype))
 
     def apply(problem: Problem, params: Params, state: NewtonState):
-        risk_curvature, output_moments = problem.risk_curvature, problem.output_moments
-        if risk_curvature is None or output_moments is None:
-            raise ValueError("newton_update needs a problem with risk_curvature and output_moments")
+        risk_curvature, row_moments = problem.risk_curvature, problem.row_moments
+        if risk_curvature is None or row_moments is None or problem.inputs is None:
+            raise ValueError("newton_update needs a problem with risk_curvature, inputs and row_moments")
         gain = 1.0 / (1.0 + jnp.maximum(state.n_outer - burn_in, 0))
+        x = problem.inputs(params)  # the only pass through the hidden layers, whatever n_inner
 
-        def step(params: Params):
-            outputs = problem.outputs(params)
-            values, pullback = jax.vjp(problem.value, outputs)
-            (slope,) = pullback(jnp.ones_like(values))
+        def step(carry: tuple[Array, Array], _: Any):
+            weights, _ = carry
+            outputs = x @ weights
+            values, slope = _values_and_slope(problem, outputs)
             risk, by_value = jax.value_and_grad(problem.risk)(values)
             each = (-1,) + (1,) * (slope.ndim - 1)
             by_output = by_value.reshape(each) * slope
             twice = risk_curvature(values).reshape(each) * jnp.square(slope)
-            gradient, curvature = output_moments(params, by_output, twice)
+            gradient, curvature = row_moments(x, by_output, twice)
             mean = state.curvature + gain * (curvature - state.curvature)
-            weights, shift = layer.weights(params), _solve(mean, gradient, damping * gain).T
+            shift = gain * _solve(mean, gradient, damping * gain).T
 
-            # Outputs are linear in the weights: one pass for the whole step serves all of its fractions.
-            change = problem.outputs(layer.replace(params, weights - gain * shift)) - outputs
-            fraction = _backtracked(lambda t: problem.risk(problem.value(outputs + t * change)), risk)
-            moved = layer.replace(params, weights - fraction * gain * shift)
-            return moved, mean, UpdateInfo(risk, jnp.linalg.norm(gradient), jnp.asarray(n_inner), outputs)
+            change, few = x @ shift, _LEFT_ALIVE * _n_live(slope)
 
-        moved, curvature, info = step(params)
-        for _ in range(n_inner - 1):
-            moved, curvature, _ = step(moved)
-        return moved, NewtonState(state.n_outer + 1, curvature), info
+            def risk_at(t: Array) -> Array:
+                values, slope = _values_and_slope(problem, outputs - t * change)
+                return jnp.where(jnp.all(_n_live(slope) >= few), problem.risk(values), jnp.inf)
+
+            fraction = _backtracked(risk_at, risk)
+            return (weights - fraction * shift, mean), (risk, jnp.linalg.norm(gradient))
+
+        weights = layer.weights(params)
+        (moved, curvature), of_steps = jax.lax.scan(step, (weights, state.curvature), None, length=n_inner)
+        risk, gradient_norm = (each[0] for each in of_steps)
+        info = UpdateInfo(risk, gradient_norm, jnp.asarray(n_inner), x @ weights)
+        return layer.replace(params, moved), NewtonState(state.n_outer + 1, curvature), info
 
     return Update(init, apply)
+
+
+def _values_and_slope(problem: Problem, outputs: Array) -> tuple[Array, Array]:
+    """Values and, for every output, the derivative of the value that it belongs to."""
+    values, pullback = jax.vjp(problem.value, outputs)
+    return values, pullback(jnp.ones_like(values))[0]
+
+
+def _n_live(slope: Float[Array, "*rows n_outputs"]) -> Float[Array, " n_outputs"]:
+    """Rows in which an output counts for anything, for each output."""
+    return jnp.sum(slope != 0, axis=tuple(range(slope.ndim - 1)), dtype=slope.dtype)
 
 
 def _solve(
@@ -115,7 +133,7 @@ def _solve(
 
 
 def _backtracked(risk_at: Callable[[Array], Array], risk: Array) -> Array:
-    """The first of 1, 1/2, ..., 1/64 at which the risk is lower than it was, else 0."""
+    """The first of 1, 1/2, ..., 1/64 at which the risk is lower than it was, else 0; infinity is refused."""
 
     def shortened(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         fraction = 0.5 * carry[0]

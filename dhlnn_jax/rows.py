@@ -91,32 +91,31 @@ def linearize_rows(
 
 def sum_over_live_rows(
     fn: Callable[..., Any],
-    params: Params,
     *rows: Rows,
     cotangent: Array,
     chunk_size: int | None,
     mesh: Mesh | None = None,
 ) -> Any:
-    """`fn(params, *rows, cotangent)` for an fn that is a sum over rows, from those of non-zero cotangent.
+    """`fn(*rows, cotangent)` for an fn that is a sum over rows, from those of non-zero cotangent.
 
     Args:
       fn: its value, any pytree, is a sum over rows in which a row of zero cotangent counts nothing.
       cotangent: [n_rows, ...]. chunk_size, mesh: as for `in_chunks`.
     """
     if chunk_size is None:
-        return fn(params, *rows, cotangent)
+        return fn(*rows, cotangent)
 
-    def total(params: Params, rows: tuple, cotangent: Array) -> Any:
-        return _sum_live_chunks(fn, params, rows, cotangent, chunk_size)
+    def total(_: None, rows: tuple, cotangent: Array) -> Any:
+        return _sum_live_chunks(lambda _, *chunk: fn(*chunk), None, rows, cotangent, chunk_size)
 
     if mesh is None:
-        return total(params, rows, cotangent)
+        return total(None, rows, cotangent)
     every, shared = PartitionSpec(), PartitionSpec(*mesh.axis_names)
 
-    def summed(params: Params, rows: tuple, cotangent: Array) -> Any:
-        return jax.lax.psum(total(params, rows, cotangent), mesh.axis_names)
+    def summed(_: None, rows: tuple, cotangent: Array) -> Any:
+        return jax.lax.psum(total(None, rows, cotangent), mesh.axis_names)
 
-    return _on_mesh(summed, mesh, (every, shared, shared), every)(params, rows, cotangent)
+    return _on_mesh(summed, mesh, (every, shared, shared), every)(None, rows, cotangent)
 
 
 def _is_primal(x: Any) -> bool:

@@ -136,7 +136,8 @@ def make_train_step(
             surrogate_value=None if exact else lambda y: pnl_of(surrogate, hedge(y)),
             linearize=linearize,
             risk_curvature=None if curvature is None else lambda pnl: curvature(pnl, settings),
-            output_moments=None if hedger.output_layer is None else network.output_moments,
+            inputs=None if hedger.output_layer is None else network.inputs,
+            row_moments=network.row_moments,
         )
         params, update_state, info = update.apply(problem, state.params, state.update)
         mean_turnover = jnp.mean(jax.vmap(turnover)(hedge(info.outputs)))
@@ -194,18 +195,23 @@ class _RowNetwork(NamedTuple):
             lambda cotangent: rows.vjp(flat(cotangent)),
         )
 
-    def output_moments(self, params: Params, linear: Array, quadratic: Array) -> tuple[Array, Array]:
-        """See `nested.Problem`; a row without a linear part has no quadratic one."""
+    def inputs(self, params: Params) -> Array:
+        """Inputs of the output layer, [n_paths, n_steps, n_inputs]."""
         layer = self.hedger.output_layer
         assert layer is not None and self.hedger.memoryless
+        apply = in_chunks(layer.inputs, chunk_size=self.chunk_size, mesh=self._chunk_mesh)
+        return self._by_path(apply(params, *self._rows))
 
-        def moments(params: Params, features: Array, anchor: Anchor, both: Array) -> tuple[Array, Array]:
-            x, (a, b) = layer.inputs(params, features, anchor), both.T
+    def row_moments(self, x: Array, linear: Array, quadratic: Array) -> tuple[Array, Array]:
+        """See `nested.Problem`; a row without a linear part has no quadratic one."""
+
+        def moments(x: Array, both: Array) -> tuple[Array, Array]:
+            a, b = both.T
             return a @ x, jax.vmap(lambda b: (b[:, None] * x).T @ x)(b)
 
         both = jnp.stack([_merge(linear), _merge(quadratic)], axis=-1)
         return sum_over_live_rows(
-            moments, params, *self._rows, cotangent=both, chunk_size=self.chunk_size, mesh=self._chunk_mesh
+            moments, _merge(x), cotangent=both, chunk_size=self.chunk_size, mesh=self._chunk_mesh
         )
 
 

@@ -36,8 +36,7 @@ def own_params(dtype="float64"):
 def regression(x, y):
     """Half the mean squared error: values linear in the output layer, curvature 1 / n."""
 
-    def moments(params, a, b):
-        inputs = LAYER.inputs(params, x)
+    def moments(inputs, a, b):
         return a.T @ inputs, jnp.einsum("ne,nf,ng->efg", b, inputs, inputs)
 
     return Problem(
@@ -45,7 +44,8 @@ def regression(x, y):
         value=lambda outputs: y - outputs[:, 0],
         risk=lambda values: 0.5 * jnp.mean(jnp.square(values)),
         risk_curvature=lambda values: jnp.full_like(values, 1 / len(values)),
-        output_moments=moments,
+        inputs=lambda params: LAYER.inputs(params, x),
+        row_moments=moments,
     )
 
 
@@ -93,6 +93,23 @@ def test_nothing_moves_where_no_row_is_live(x64):
     np.testing.assert_array_equal(moved["v"], params["v"])
 
 
+def test_a_step_leaves_every_output_rows_to_learn_from(x64):
+    """Beyond 1 the risk is lowest and nothing has a gradient; the whole step would end at 10."""
+    x, y = batch(0)
+    params = own_params() | {"v": jnp.zeros((5, 1))}
+    params["w"], params["b"] = jnp.zeros(5), jnp.ones(5)  # inputs alike in all rows
+
+    problem = regression(x, y)._replace(
+        value=lambda outputs: jnp.square(jnp.maximum(1.0 - outputs[:, 0], 0.0)),
+        risk=jnp.mean,
+        risk_curvature=lambda values: jnp.full_like(values, 0.05 / len(values)),
+    )
+    update = newton_update(LAYER, damping=1e-9)
+    moved, _, _ = update.apply(problem, params, update.init(params))
+    output = float((LAYER.inputs(moved, x) @ moved["v"])[0, 0])
+    np.testing.assert_allclose(output, 10 / 16, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"n_inner": 0}, "n_inner"), ({"damping": 0.0}, "damping"), ({"burn_in": -1}, "burn_in")],
@@ -133,19 +150,19 @@ def test_output_layer_of_the_band_network():
     assert make_recurrent_hedger(features=("log_moneyness",)).output_layer is None  # its outputs feed back
 
 
-def own_moments(params, x, both):
-    inputs = jnp.cos(x) * params
+def own_moments(x, both):
+    inputs = jnp.cos(x)
     return both[:, 0] @ inputs, (both[:, 1:] * inputs).T @ inputs
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4, 1000])
 def test_sums_over_live_rows_are_those_over_all_rows(chunk_size, x64):
     rng = np.random.default_rng(0)
-    rows, params = jnp.asarray(rng.normal(size=(23, 3))), jnp.asarray(rng.normal(size=3))
+    rows = jnp.asarray(rng.normal(size=(23, 3)))
     both = jnp.asarray(rng.normal(size=(23, 2)) * (rng.random(23) < 0.4)[:, None])
     how = {"cotangent": both, "chunk_size": chunk_size}
-    given = jax.jit(lambda: sum_over_live_rows(own_moments, params, rows, **how))
-    x = np.cos(np.asarray(rows)) * np.asarray(params)
+    given = jax.jit(lambda: sum_over_live_rows(own_moments, rows, **how))
+    x = np.cos(np.asarray(rows))
     np.testing.assert_allclose(given()[0], np.asarray(both[:, 0]) @ x)
     np.testing.assert_allclose(given()[1], np.einsum("n,nf,ng->fg", both[:, 1], x, x))
 
