@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from dhlnn_jax.compiling import jit_for_seldom
 from dhlnn_jax.hedger import Policy
 from dhlnn_jax.market import MarketPath
 from dhlnn_jax.pnl import Contract, trades, trading_gain, turnover
@@ -172,7 +173,7 @@ def unhedged_values(payoff: np.ndarray, probability: np.ndarray, settings: Setti
         return jax.tree.map(float, _weighted_values(payoff, probability, numbers))
 
 
-@jax.jit
+@jit_for_seldom
 def _weighted_values(payoff: Array, probability: Array, settings: Settings) -> dict[str, Array]:
     """Values of all metrics without a hedge, each payoff with its probability."""
     pnl = settings.premium - payoff

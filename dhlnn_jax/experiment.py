@@ -13,6 +13,7 @@ from jaxtyping import Array
 from dhlnn_jax.bands import effective_band
 from dhlnn_jax.case import make_case
 from dhlnn_jax.checkpoint import save_tree
+from dhlnn_jax.compiling import jit_for_seldom
 from dhlnn_jax.config import Config
 from dhlnn_jax.fleet import keys_of, on_host
 from dhlnn_jax.hedger import Policy
@@ -158,7 +159,7 @@ def _shown(
     return sample_path, {"spot": spot, "decision": decisions, **of_method}
 
 
-@partial(jax.jit, static_argnames=("policy", "n_steps"))
+@partial(jit_for_seldom, static_argnames=("policy", "n_steps"))
 def _positions(
     policy: Policy, params: Any, path: MarketPath, spot: Array | None, settings: Settings, n_steps: int
 ) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
+from dhlnn_jax.compiling import jit_for_seldom
 from dhlnn_jax.config import Config
 from dhlnn_jax.evaluate import HedgedPaths, hedged_paths
 from dhlnn_jax.hedger import Policy
@@ -156,7 +157,7 @@ def fleet_evaluator(policy: Policy, contract: Contract, *, mesh: Mesh | None = N
     Returns: `evaluate(params [n_members, ...], paths, settings [n_members]) -> HedgedPaths` with arrays
       [n_members, n_paths] on the host; paths: those of each member, equally many.
     """
-    block = jax.jit(
+    block = jit_for_seldom(
         over_members(
             lambda params, paths, settings: hedged_paths(policy, params, paths, contract, settings), mesh=mesh
         )
@@ -175,7 +176,7 @@ def fleet_evaluator(policy: Policy, contract: Contract, *, mesh: Mesh | None = N
     return evaluate
 
 
-@jax.jit
+@jit_for_seldom
 def _stacked_rows(trees: Sequence[Any], rows: Array) -> Any:
     """The given rows of the arrays of every tree, [n_trees, n_rows, ...]."""
     return jax.tree.map(lambda *x: jnp.stack([of_one[rows] for of_one in x]), *trees)

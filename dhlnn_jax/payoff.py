@@ -9,6 +9,8 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Real
 
+from dhlnn_jax.compiling import jit_for_seldom
+
 Payoff = Callable[..., Array]  # (spot [n_times], *, strike) -> money
 
 
@@ -60,7 +62,7 @@ def payoff_at(payoff: Callable[..., Array], spot: np.ndarray) -> np.ndarray:
     return np.concatenate(money)[: len(spot)] if money else np.empty(0)
 
 
-@jax.jit
+@jit_for_seldom
 def _payoff_of_spots(payoff: Partial, spot: Array) -> Array:
     return jax.vmap(lambda s: payoff(s[None]))(spot)
 

@@ -188,6 +188,7 @@ def _map_chunks(fn: Callable[..., Array], rows: tuple, chunk_size: int) -> Array
     if n_rows <= chunk_size:
         return fn(*rows)
     n_chunks, size = _chunks(n_rows, chunk_size)
+    fn = _traced_once(fn)
 
     def chunk(i: Array) -> tuple:  # a slice that would stick out is moved back by JAX, and so is its update
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), rows)
@@ -208,11 +209,15 @@ def _sum_live_chunks(
     chunk_size: int,
 ) -> Any:
     """Sum of `fn(params, *chunk, its cotangent)` over ceil(n_live / chunk_size) chunks of live rows."""
-    n_rows = cotangent.shape[0]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, params, *rows, cotangent))
+    n_rows, fn = cotangent.shape[0], _traced_once(fn)
+    size = min(chunk_size, n_rows)
+    chunk_like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), (*rows, cotangent)
+    )
+    like = jax.eval_shape(fn, params, *chunk_like)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     if n_rows == 0:
         return zeros
-    size = min(chunk_size, n_rows)
     live, n_live = _live_first(jnp.any(cotangent.reshape(n_rows, -1) != 0, axis=1), size)
 
     def add(i: Array, total: Any) -> Any:
@@ -223,6 +228,11 @@ def _sum_live_chunks(
         return jax.tree.map(jnp.add, total, fn(params, *chunk, y_bar))
 
     return jax.lax.fori_loop(0, (n_live + size - 1) // size, add, zeros)
+
+
+def _traced_once(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, for callers that ask for its shapes before they call it."""
+    return jax.jit(fn, inline=True)
 
 
 def _live_first(alive: Array, padding: int) -> tuple[Array, Array]:

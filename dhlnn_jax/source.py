@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from dhlnn_jax.compiling import jit_for_seldom
 from dhlnn_jax.config import Config
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.market import (
@@ -82,7 +82,7 @@ def make_sources(configs: Sequence[Config], key: PRNGKeyArray) -> list[Source]:
     simulator, market = SIMULATORS[first.market.kind], first.market
     train = make_simulation_sampler(simulator, n_steps=market.n_steps, noise=market.noise)
     # Test paths are always plain draws, so that their standard errors need no assumption.
-    draw = jax.jit(make_simulation_sampler(simulator, n_steps=market.n_steps), static_argnums=1)
+    draw = jit_for_seldom(make_simulation_sampler(simulator, n_steps=market.n_steps), static_argnums=1)
     drawn: dict[tuple[float, ...], Any] = {}
     sources = []
     for config in configs:

@@ -1,6 +1,7 @@
 """Training: one step on fresh paths, a block of them in one program, and the loop over epochs around them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -242,6 +243,7 @@ def make_train_block(step: TrainStep, *, max_epochs: int) -> TrainBlock:
     """
 
     def block(state: TrainState, key: PRNGKeyArray, settings: Settings, n_epochs: ArrayLike):
+        @partial(jax.jit, inline=True)  # traced once for its shapes and for the loop
         def one(state: TrainState) -> tuple[TrainState, TrainInfo]:
             return step(state, jax.random.fold_in(key, state.epoch), settings)
 

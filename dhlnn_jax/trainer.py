@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from dhlnn_jax.checkpoint import Checkpoints
+from dhlnn_jax.compiling import jit_for_seldom, options_for_often
 from dhlnn_jax.evaluate import Measurement, as_report, measure, standard_errors
 from dhlnn_jax.fitting import build_hedger, build_update, learning_rate, make_contract, remedy
 from dhlnn_jax.fleet import (
@@ -129,7 +130,7 @@ class _Trainer:
             return first_state(params, build_update(name, config, rate))
 
         params = _initial_params(hedger.init, jnp.stack([key.init for key in keys]))
-        state = on_host(jax.jit(over_members(begin))(params, rates))
+        state = on_host(jit_for_seldom(over_members(begin))(params, rates))
         saved = checkpoints.latest(_Saved(state, state.params))
         (state, self._best_params), self._log = saved or (_Saved(state, state.params), _new_log(len(members)))
         self._best_params = on_host(self._best_params)
@@ -140,7 +141,12 @@ class _Trainer:
             self._arguments = self._layout.place(self._arguments)
 
         began = time.perf_counter()
-        program = jax.jit(self._program(), donate_argnums=0, out_shardings=self._layout.everywhere)
+        program = jax.jit(
+            self._program(),
+            donate_argnums=0,
+            out_shardings=self._layout.everywhere,
+            compiler_options=options_for_often(),
+        )
         self._compiled = program.lower(self._state, *self._arguments, np.int32(0)).compile()
         self._log["compile_seconds"] += time.perf_counter() - began
         self._seconds_an_epoch = 0.0
@@ -274,7 +280,7 @@ class _Validation:
             policy_of(build_hedger(name, config)), make_contract(config), mesh=layout.members
         )
         self._objective = OBJECTIVES[config.risk.kind]
-        draw = jax.jit(members[0].source.train, static_argnums=1)
+        draw = jit_for_seldom(members[0].source.train, static_argnums=1)
         n_paths = config.training.validation_paths
         self._paths = [draw(key, n_paths, m.source.settings)[0] for key, m in zip(keys, members, strict=True)]
         self._settings = stacked([member.source.settings for member in members])
@@ -287,12 +293,12 @@ class _Validation:
 # Compiled once for all methods that share a network or an objective.
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit_for_seldom, static_argnums=0)
 def _initial_params(init: Callable[[PRNGKeyArray], Params], keys: Array) -> Params:
     return over_members(init)(keys)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit_for_seldom, static_argnums=0)
 def _risks(objective: Objective, pnl: Array, settings: Settings) -> Array:
     return over_members(objective)(pnl, settings)
 
