@@ -116,8 +116,8 @@ class Program(NamedTuple):
         state = jax.block_until_ready(jax.tree.map(jnp.copy, self.place(state)))
         began = time.perf_counter()
         for key in keys:
-            state, _ = self.run(state, key, self.settings)
-        jax.block_until_ready(state)
+            # One run in flight: with several, devices of a CPU have waited for each other for ever.
+            state, _ = jax.block_until_ready(self.run(state, key, self.settings))
         return state, time.perf_counter() - began
 
 
