@@ -16,7 +16,7 @@ _MEASURED, _ALL_LAYERS, _PRINTED = (_BLUE, "o-"), (_ORANGE, "^-."), (_RED, "s--"
 
 
 def diagnostics_figure(results: Results) -> Figure:
-    """Nine panels: medians over seeds, with bands from the lowest to the highest seed.
+    """Nine panels: medians over seeds, with bands of the middle half of the seeds and of all of them.
 
     A seed whose number is not defined (the ratio of a step that changes nothing) is left out of it.
     """
@@ -24,8 +24,6 @@ def diagnostics_figure(results: Results) -> Figure:
     (error, mean_error, inner), (ratio, hedge_ratio, drift), (gradient, hessian, shares) = panels = (
         figure.subplots(3, 3)
     )
-    error.sharey(mean_error)
-    ratio.sharey(hedge_ratio)
 
     error.set_title("error of the linearized raw outputs\nroot mean square")
     _over_step_sizes(error, results, "outputs_error", power=2)
@@ -61,12 +59,18 @@ def diagnostics_figure(results: Results) -> Figure:
     _over_epochs(shares, results, "no_trade_share", "no trade (inside the band)", (_ORANGE, "s--"))
 
     for axis in panels.flat:
-        axis.set_yscale("linear" if axis is shares else "log")
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    shares.set_ylim(0, 1)
-    figure.suptitle(f"lines: median of {len(results['seeds'])} seeds; bands: lowest to highest seed")
+        if axis is shares:
+            axis.set_ylim(0, 1)
+        else:
+            _log_scale(axis)
+    figure.suptitle(
+        f"lines: median of {len(results['seeds'])} seeds; dark bands: middle half of the seeds; light bands: "
+        "lowest to highest seed (beyond the panel for a seed that leaps)",
+        fontsize=11,
+    )
     return figure
 
 
@@ -88,9 +92,9 @@ def _over_step_sizes(axis: Axes, results: Results, name: str, *, power: int) -> 
     for i, style in zip(shown_epochs(results), _EPOCH_STYLES, strict=False):
         label = f"epoch {first['epoch'][i]}"
         if power == 2:
-            label += f": slope {_spread(values_of(results, f'{name}_slope')[:, i])[1]:.2f}"
+            label += f": slope {_spread(values_of(results, f'{name}_slope')[:, i])[2]:.2f}"
         _curve(axis, sizes, values[:, i], label, style)
-    highest = np.nanmax(values[..., -1])
+    highest = np.nanmax(_spread(values)[2][:, -1])
     axis.plot(sizes, 2.0 * highest * (sizes / sizes[-1]) ** power, ":", color="0.5", label=f"slope {power}")
     axis.set_xscale("log")
     axis.set_xlabel(f"step ‖w − wʳ‖ / that of one outer iteration (N = {first['n_inner']})")
@@ -121,13 +125,23 @@ def _over_epochs(axis: Axes, results: Results, name: str, label: str, style: tup
 
 def _curve(axis: Axes, x: np.ndarray, values: np.ndarray, label: str, style: tuple[str, str]) -> None:
     colour, line = style
-    low, middle, high = _spread(values)
+    lowest, low, middle, high, highest = _spread(values)
     axis.plot(x, middle, line, markersize=3.5, color=colour, label=label)
-    axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    axis.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+    axis.fill_between(x, lowest, highest, color=colour, alpha=0.08, linewidth=0)
 
 
 def _spread(values: np.ndarray) -> np.ndarray:
-    """[lowest, median, highest] over the first axis, seeds; NaN where no seed has a number."""
+    """Lowest, quartiles and highest over the first axis, seeds; NaN where no seed has a number."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # that no seed has a number is drawn as a gap
-        return np.nanquantile(values, (0.0, 0.5, 1.0), axis=0)
+        return np.nanquantile(values, (0.0, 0.25, 0.5, 0.75, 1.0), axis=0)
+
+
+def _log_scale(axis: Axes) -> None:
+    """As far as the lines reach, or one seed that leaps by decades would flatten all others."""
+    axis.set_yscale("log")
+    heights = np.concatenate([np.asarray(line.get_ydata(), float) for line in axis.lines])
+    heights = heights[heights > 0]
+    if heights.size:
+        axis.set_ylim(np.min(heights) / 5, np.max(heights) * 5)

@@ -33,7 +33,7 @@ def print_diagnostics(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     # A pipe has no width: give the table what it needs instead of folding it at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 240)
     n_seeds, first = len(results["seeds"]), results["by_seed"][0]
     table = Table(title=f"median of {n_seeds} seeds (lowest to highest)", title_justify="left")
     table.add_column("epoch", no_wrap=True)

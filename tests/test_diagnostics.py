@@ -388,10 +388,10 @@ def test_table_has_median_and_range_over_seeds_and_says_where_seeds_are_missing(
 def test_figure_has_nine_labelled_panels_with_a_band_for_every_curve_over_seeds(tmp_path):
     figure = diagnostics_figure(of_three_seeds())
     assert len(figure.axes) == 9
-    assert figure.get_suptitle() == "lines: median of 3 seeds; bands: lowest to highest seed"
+    assert "median of 3 seeds" in figure.get_suptitle() and "lowest to highest" in figure.get_suptitle()
     for axis in figure.axes:
         assert axis.get_xlabel() and axis.get_ylabel() and axis.get_title() and axis.get_legend()
-        assert len(axis.collections) >= 2
+        assert len(axis.collections) >= 4  # two bands a curve
     figure.savefig(tmp_path / "diagnostics.png")
     assert (tmp_path / "diagnostics.png").stat().st_size > 20_000
 
