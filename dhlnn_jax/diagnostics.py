@@ -330,13 +330,12 @@ def hedging_problem(
 # --- along training -----------------------------------------------------------------------------------
 
 
-def diagnostics_along_training(
+def make_diagnostics(
     hedger: Hedger,
     sample: Sampler,
     contract: Contract,
     objective: Objective,
     settings: Settings,
-    states: Sequence[TrainState],
     key: PRNGKeyArray,
     *,
     update_of: Callable[[int], Update],
@@ -347,18 +346,20 @@ def diagnostics_along_training(
     n_iterations: int = 20,
     step_sizes: Sequence[float] = STEP_SIZES,
     tolerances: Sequence[float] = TOLERANCES,
-) -> dict[str, Any]:
-    """All the diagnostics at some epochs of one training, on the same fresh paths, ready for JSON.
+) -> Callable[[Sequence[TrainState]], dict[str, Any]]:
+    """All the diagnostics at some epochs of a training, every training on the same fresh paths.
 
     The step looked at is the whole outer iteration of n_inner inner steps from each state.
 
     Args:
-      states: those of training after the epochs to be looked at.
+      key: of the paths and of the power iterations.
       update_of: number of inner steps -> the update that training used, tolerance 0.
       n_inner_shown: inner steps whose norms are measured, at least n_inner.
       n_row_paths: paths whose every output has its gradient and Hessian measured, one by one.
       step_sizes: multiples of the step.
-    Returns: lists over epochs, "epoch" first; curves have an inner list, over "step_sizes" or inner steps.
+    Returns: `diagnostics(states) -> numbers`, compiled once for all trainings; states are those of one
+      training after the epochs to be looked at. The numbers are ready for JSON: lists over epochs, "epoch"
+      first; curves have an inner list, over "step_sizes" or inner steps.
       "..._slope": of log error over log step size, up to the whole step. "..._max": over the outputs
       measured one by one. Bounds are None for hedgers that see their previous position: theirs is not the
       network of appendix D. Not a number is None too.
@@ -368,90 +369,95 @@ def diagnostics_along_training(
     if n_inner_shown < n_inner:
         raise ValueError(f"n_inner_shown must be at least n_inner = {n_inner}, got {n_inner_shown}")
     key_paths, key_hessian = jax.random.split(key)
-    paths, _ = sample(key_paths, n_paths, settings)
-    with jax.enable_x64(True):
-        paths, settings = _in_double(paths), _in_double(settings)
+    drawn, _ = sample(key_paths, n_paths, settings)
+
+    @jax.jit
+    def measure(state: TrainState, paths: MarketPath, settings: Settings) -> dict[str, Array]:
         update = update_of(n_inner)
 
-        def measure(state: TrainState, paths: MarketPath, settings: Settings) -> dict[str, Array]:
-            def problem_at(cut: Literal["raw", "hedge_ratio"]) -> Problem:
-                return hedging_problem(
-                    hedger,
-                    paths,
-                    contract,
-                    objective,
-                    settings,
-                    cut=cut,
-                    cost_surrogate=update.cost_surrogate,
-                )
-
-            params, raw, ratio = state.params, problem_at("raw"), problem_at("hedge_ratio")
-            norms, ends = inner_step_norms(
-                update_of, problem_at(update.cut), params, state.update, n_steps=n_inner_shown
+        def problem_at(cut: Literal["raw", "hedge_ratio"]) -> Problem:
+            return hedging_problem(
+                hedger,
+                paths,
+                contract,
+                objective,
+                settings,
+                cut=cut,
+                cost_surrogate=update.cost_surrogate,
             )
-            after = ends[n_inner - 1]
-            step = jax.tree.map(jnp.subtract, after, params)
-            sizes, distance = jnp.asarray(step_sizes), optax.global_norm(step)
-            numbers = {"inner_step_norms": norms, "step_norm": distance}
-            for name, problem in (("outputs", raw), ("hedge_ratio", ratio)):
-                found = linearization_error(problem.outputs, params, step, sizes)
-                numbers |= {f"{name}_{field}": values for field, values in found._asdict().items()}
-                numbers |= {f"{name}_ratio": found.ratio, f"{name}_mean_ratio": found.mean_ratio}
 
-            few = batched_inputs(hedger, jax.tree.map(lambda x: x[:n_row_paths], paths), settings)
+        params, raw, ratio = state.params, problem_at("raw"), problem_at("hedge_ratio")
+        norms, ends = inner_step_norms(
+            update_of, problem_at(update.cut), params, state.update, n_steps=n_inner_shown
+        )
+        after = ends[n_inner - 1]
+        step = jax.tree.map(jnp.subtract, after, params)
+        sizes, distance = jnp.asarray(step_sizes), optax.global_norm(step)
+        numbers = {"inner_step_norms": norms, "step_norm": distance}
+        for name, problem in (("outputs", raw), ("hedge_ratio", ratio)):
+            found = linearization_error(problem.outputs, params, step, sizes)
+            numbers |= {f"{name}_{field}": values for field, values in found._asdict().items()}
+            numbers |= {f"{name}_ratio": found.ratio, f"{name}_mean_ratio": found.mean_ratio}
 
-            def of_single_outputs(features: Array, anchor: Anchor) -> dict[str, Array]:
-                outputs = lambda w: hedger.outputs(w, features, anchor)  # noqa: E731
-                hessian = partial(hessian_norms, key=key_hessian, n_iterations=n_iterations)
-                found = {
-                    "gradient_drift": gradient_drift(outputs, params, after),
-                    "gradient_norm": gradient_norms(outputs, params),
-                    "hessian_norm": hessian(outputs, params),
-                }
-                if hedger.band is None:
-                    return found
-                of_hidden, hidden = output_layer_fixed(outputs, params)
-                found["hidden_gradient_norm"] = gradient_norms(of_hidden, hidden)
-                return found | {"hidden_hessian_norm": hessian(of_hidden, hidden)}
+        few = batched_inputs(hedger, jax.tree.map(lambda x: x[:n_row_paths], paths), settings)
 
-            single = jax.lax.map(lambda inputs: of_single_outputs(*inputs), few)
-            numbers |= {f"{name}_max": jnp.max(norms) for name, norms in single.items()}
-            numbers["gradient_drift_median"] = jnp.median(single["gradient_drift"])
-            numbers["drift_estimate_23"] = gradient_drift_bound(numbers["hessian_norm_max"], distance)
-            if hedger.band is not None:
-                constants = perceptron_constants(params, few[0])
-                numbers |= {
-                    "hessian_bound_93": hessian_bound(constants),
-                    "gradient_bound_66": gradient_bound(constants),
-                    "drift_bound_25": gradient_drift_bound(hessian_bound(constants), distance),
-                    "output_weight_A": constants.output_weight,
-                    "activation_norm_H": constants.activation_norm,
-                }
-            trade = jax.vmap(trades)(ratio.outputs(params))[:, :-1]
-            numbers["risk"] = raw.risk(raw.value(raw.outputs(params)))
-            numbers["no_trade_share"] = jnp.mean(trade == 0, dtype=float)
-            numbers["zero_gradient_share"] = zero_gradient_share(raw, params, n_row_axes=2)
-            return numbers
+        def of_single_outputs(features: Array, anchor: Anchor) -> dict[str, Array]:
+            outputs = lambda w: hedger.outputs(w, features, anchor)  # noqa: E731
+            hessian = partial(hessian_norms, key=key_hessian, n_iterations=n_iterations)
+            found = {
+                "gradient_drift": gradient_drift(outputs, params, after),
+                "gradient_norm": gradient_norms(outputs, params),
+                "hessian_norm": hessian(outputs, params),
+            }
+            if hedger.band is None:
+                return found
+            of_hidden, hidden = output_layer_fixed(outputs, params)
+            found["hidden_gradient_norm"] = gradient_norms(of_hidden, hidden)
+            return found | {"hidden_hessian_norm": hessian(of_hidden, hidden)}
 
-        compiled = jax.jit(measure)
-        found = [jax.tree.map(np.asarray, compiled(_in_double(state), paths, settings)) for state in states]
-    for numbers in found:
-        norms = numbers["inner_step_norms"]
-        numbers["inner_steps_allowed"] = np.array([inner_steps_allowed(norms, e) for e in tolerances])
-        small = np.asarray(step_sizes) <= 1.0
-        for name in ("outputs_error", "outputs_mean_error", "hedge_ratio_error", "hedge_ratio_mean_error"):
-            slope = log_slope(np.asarray(step_sizes)[small], numbers[name][small])
-            numbers[f"{name}_slope"] = np.asarray(slope)
-    return {
-        "epoch": [int(state.epoch) for state in states],
-        "n_inner": n_inner,
-        "step_sizes": list(step_sizes),
-        "tolerances": list(tolerances),
-        **{name: [_plain(numbers[name]) for numbers in found] for name in found[0]},
-        **({} if hedger.band is not None else dict.fromkeys(_BOUNDS)),
-    }
+        single = jax.lax.map(lambda inputs: of_single_outputs(*inputs), few)
+        numbers |= {f"{name}_max": jnp.max(norms) for name, norms in single.items()}
+        numbers["gradient_drift_median"] = jnp.median(single["gradient_drift"])
+        numbers["drift_estimate_23"] = gradient_drift_bound(numbers["hessian_norm_max"], distance)
+        if hedger.band is not None:
+            constants = perceptron_constants(params, few[0])
+            numbers |= {
+                "hessian_bound_93": hessian_bound(constants),
+                "gradient_bound_66": gradient_bound(constants),
+                "drift_bound_25": gradient_drift_bound(hessian_bound(constants), distance),
+                "output_weight_A": constants.output_weight,
+                "activation_norm_H": constants.activation_norm,
+            }
+        trade = jax.vmap(trades)(ratio.outputs(params))[:, :-1]
+        numbers["risk"] = raw.risk(raw.value(raw.outputs(params)))
+        numbers["no_trade_share"] = jnp.mean(trade == 0, dtype=float)
+        numbers["zero_gradient_share"] = zero_gradient_share(raw, params, n_row_axes=2)
+        return numbers
+
+    def diagnostics(states: Sequence[TrainState]) -> dict[str, Any]:
+        with jax.enable_x64(True):
+            inputs = _in_double(drawn), _in_double(settings)
+            found = [jax.tree.map(np.asarray, measure(_in_double(state), *inputs)) for state in states]
+        for numbers in found:
+            norms = numbers["inner_step_norms"]
+            numbers["inner_steps_allowed"] = np.array([inner_steps_allowed(norms, e) for e in tolerances])
+            small = np.asarray(step_sizes) <= 1.0
+            for name in _ERRORS:
+                slope = log_slope(np.asarray(step_sizes)[small], numbers[name][small])
+                numbers[f"{name}_slope"] = np.asarray(slope)
+        return {
+            "epoch": [int(state.epoch) for state in states],
+            "n_inner": n_inner,
+            "step_sizes": list(step_sizes),
+            "tolerances": list(tolerances),
+            **{name: [_plain(numbers[name]) for numbers in found] for name in found[0]},
+            **({} if hedger.band is not None else dict.fromkeys(_BOUNDS)),
+        }
+
+    return diagnostics
 
 
+_ERRORS = ("outputs_error", "outputs_mean_error", "hedge_ratio_error", "hedge_ratio_mean_error")
 _BOUNDS = ("hessian_bound_93", "gradient_bound_66", "drift_bound_25")
 
 

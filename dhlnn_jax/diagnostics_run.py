@@ -1,58 +1,37 @@
-"""The diagnostics of one configured training of `dhlnn`: its files and its command line."""
+"""The diagnostics of configured trainings of `dhlnn` over seeds: their files and their command line."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from dhlnn_jax.config import Config, load_config
-from dhlnn_jax.diagnostics import diagnostics_along_training
+from dhlnn_jax.diagnostics import make_diagnostics
 from dhlnn_jax.diagnostics_figure import diagnostics_figure
+from dhlnn_jax.diagnostics_report import print_diagnostics
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.fitting import build_hedger, build_update, make_contract
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.results import write_json
 from dhlnn_jax.source import make_source
-from dhlnn_jax.train import OBJECTIVES, TrainInfo, TrainState, fit, init_state, make_train_step
+from dhlnn_jax.train import OBJECTIVES, TrainInfo, TrainState, first_state, fit, make_train_step
 
-_USAGE = """usage: python scripts/diagnostics.py CONFIG [--section.key value ...] [--overwrite]
-
-Trains dhlnn as the configuration says and writes diagnostics.json and diagnostics.png to its `out`: error of
-the linearization, drift of the gradient, norms of gradient and Hessian beside the bounds, inner steps,
-and the share of decisions without a gradient.
-"""
 _LOOKED_AT = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the script; returns its exit code: 0, 2 for a mistake in what was given, 130 if interrupted."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(_USAGE, end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
-    try:
-        path, *overrides = [argument for argument in arguments if argument != "--overwrite"]
-        config = load_config(path, overrides)
-        for written in run(config, overwrite="--overwrite" in arguments):
-            print(f"written: {written}")
-        return 0
-    except (UsageError, OSError) as error:
-        print(f"diagnostics.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("diagnostics.py: interrupted, nothing written", file=sys.stderr)
-        return 130
+def diagnose(config: Config, *, n_seeds: int = 5) -> dict[str, Any]:
+    """The contents of diagnostics.json.
 
-
-def run(config: Config, *, overwrite: bool = False) -> list[Path]:
-    """Trains, measures, and writes; returns what was written. Raises: UsageError for files that are there."""
-    folder = Path(config.out)
-    table, picture = folder / "diagnostics.json", folder / "diagnostics.png"
-    if table.exists() and not overwrite:
-        raise UsageError(f"{table} exists: give another --out, or --overwrite to replace it")
-    key_init, key_train, _, key_test = (
-        jax.random.fold_in(jax.random.key(config.seed), role) for role in range(4)
-    )
+    Args:
+      n_seeds: seeds config.seed, config.seed + 1, ...; a seed is initial parameters and training paths, those
+        of `scripts/run.py --seed`. All are measured on the same fresh paths, by the same compiled programs.
+    Returns: "config", "seeds", and "by_seed": what `diagnostics.make_diagnostics` describes, for each seed.
+    Raises: UsageError as `make_source`.
+    """
+    key_test = jax.random.fold_in(jax.random.key(config.seed), 3)
     source, contract = make_source(config, key_test), make_contract(config)
     hedger, objective = build_hedger("dhlnn", config), OBJECTIVES[config.risk.kind]
 
@@ -61,26 +40,91 @@ def run(config: Config, *, overwrite: bool = False) -> list[Path]:
         return build_update("dhlnn", config.model_copy(update={"nested": nested}))
 
     n_epochs, n_inner = config.training.epochs, config.nested.n_inner
-    update = update_of(n_inner)
+    update, init = update_of(n_inner), jax.jit(hedger.init)
     step = jax.jit(
         make_train_step(hedger, source.train, contract, objective, update, n_paths=config.training.n_paths)
     )
-    state = init_state(hedger, update, key_init)
-    states = [state]
-    with progress_bar("training dhlnn", n_epochs) as advance:
+    diagnostics = make_diagnostics(
+        hedger, source.train, contract, objective, source.settings, key_test,
+        update_of=update_of, n_inner=n_inner, n_inner_shown=max(8, n_inner),
+    )  # fmt: skip
 
-        def on_epoch(epoch: int, state: TrainState, info: TrainInfo) -> None:
-            if epoch in _LOOKED_AT or epoch == n_epochs:
-                states.append(state)
-            advance(note=f"risk {float(info.risk):.5f}")
+    def of_seed(seed: int) -> dict[str, Any]:
+        key_init, key_train = (jax.random.fold_in(jax.random.key(seed), role) for role in (0, 1))
+        states = [first_state(init(key_init), update)]
+        with progress_bar(f"seed {seed}: training dhlnn", n_epochs) as advance:
 
-        fit(step, state, key_train, source.settings, n_epochs=n_epochs, on_epoch=on_epoch)
-    with progress_bar(f"measuring {len(states)} epochs", None):
-        numbers = diagnostics_along_training(
-            hedger, source.train, contract, objective, source.settings, states, key_test,
-            update_of=update_of, n_inner=n_inner, n_inner_shown=max(8, n_inner),
-        )  # fmt: skip
+            def on_epoch(epoch: int, state: TrainState, info: TrainInfo) -> None:
+                if epoch in _LOOKED_AT or epoch == n_epochs:
+                    states.append(state)
+                advance(note=f"risk {float(info.risk):.5f}")
+
+            fit(step, states[0], key_train, source.settings, n_epochs=n_epochs, on_epoch=on_epoch)
+        with progress_bar(f"seed {seed}: measuring {len(states)} epochs", None):
+            return diagnostics(states)
+
+    seeds = range(config.seed, config.seed + n_seeds)
+    return {
+        "config": config.model_dump(mode="json"),
+        "seeds": list(seeds),
+        "by_seed": [of_seed(seed) for seed in seeds],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python scripts/diagnostics.py",
+        usage="python scripts/diagnostics.py CONFIG [options] [--section.key value ...]",
+        description="Trains dhlnn as the configuration says, once for each seed, and writes diagnostics.json "
+        "and diagnostics.png to its `out`: error of the linearization, drift of the gradient, norms of "
+        "gradient and Hessian beside the bounds, inner steps, and the share of decisions without a gradient.",
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, 1 to 100 (default: 5)")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier diagnostics in the folder")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the script; returns its exit code: 0, 2 for a mistake in what was given, 130 if interrupted."""
+    try:
+        return _run(list(arguments))
+    except argparse.ArgumentError as error:
+        print(f"diagnostics.py: {error}; see --help", file=sys.stderr)
+        return 2
+    except (UsageError, OSError) as error:
+        print(f"diagnostics.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("diagnostics.py: interrupted, nothing written", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments:
+        print(_parser().format_help(), end="", file=sys.stderr)
+        return 2
+    path = None if arguments[0].startswith("-") else arguments.pop(0)
+    options, overrides = _parser().parse_known_args(arguments)
+    if options.help:
+        print(_parser().format_help(), end="")
+        return 0
+    if path is None:
+        raise UsageError("the config file comes first: diagnostics.py CONFIG [--seeds 5] ...; see --help")
+    if not 1 <= options.seeds <= 100:
+        raise UsageError(f"--seeds must be from 1 to 100, got {options.seeds}")
+    config = load_config(path, overrides)
+    folder = Path(config.out)
+    table, picture = folder / "diagnostics.json", folder / "diagnostics.png"
+    if table.exists() and not options.overwrite:
+        raise UsageError(f"{table} exists: give another --out, or --overwrite to replace it")
+    results = diagnose(config, n_seeds=options.seeds)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(table, {"config": config.model_dump(mode="json"), **numbers})
-    diagnostics_figure(numbers).savefig(picture, dpi=150)
-    return [table, picture]
+    write_json(table, results)
+    diagnostics_figure(results).savefig(picture, dpi=150)
+    print_diagnostics(results)
+    print(f"results: {table}\nfigure: {picture}")
+    return 0

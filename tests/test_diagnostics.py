@@ -1,5 +1,6 @@
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from dhlnn_jax import diagnostics, train
+from dhlnn_jax import diagnostics, diagnostics_run, train
+from dhlnn_jax.config import load_config
 from dhlnn_jax.diagnostics_figure import diagnostics_figure
-from dhlnn_jax.diagnostics_run import main
+from dhlnn_jax.diagnostics_report import print_diagnostics
+from dhlnn_jax.diagnostics_run import diagnose, main
 from dhlnn_jax.hedger import make_band_hedger
 from dhlnn_jax.market import SIMULATORS, make_simulation_sampler
 from dhlnn_jax.model import BandNetwork
@@ -20,6 +23,7 @@ from dhlnn_jax.pnl import Contract
 from dhlnn_jax.settings import make_settings
 
 RNG = np.random.default_rng(4)
+SMOKE = str(Path(__file__).parents[1] / "configs/smoke.toml")
 
 
 def tanh_network(params):
@@ -250,14 +254,13 @@ def state_of(params, epoch):
     return train.TrainState(params, update_of(1).init(params), jnp.asarray(epoch))
 
 
-def along_training(hedger, states, n_inner):
-    return diagnostics.diagnostics_along_training(
+def make(hedger, n_inner):
+    return diagnostics.make_diagnostics(
         hedger,
         SAMPLE,
         CONTRACT,
         ENTROPIC,
         settings(),
-        states,
         jax.random.key(1),
         update_of=update_of,
         n_inner=n_inner,
@@ -277,7 +280,7 @@ def of_a_band_hedger():
     params = jax.jit(hedger.init)(jax.random.key(0))
     dead = jax.tree.map(lambda w: w, params)
     dead["params"]["Perceptron_0"]["Dense_2"]["bias"] = jnp.array([50.0, 50.0])
-    return along_training(hedger, [state_of(params, 0), state_of(dead, 7)], 2)
+    return make(hedger, 2)([state_of(params, 0), state_of(dead, 7)])
 
 
 def test_along_training_is_json_with_a_number_for_every_epoch():
@@ -325,36 +328,99 @@ def test_along_training_step_is_the_outer_iteration_of_the_same_update():
 def test_too_few_inner_steps_shown_is_refused():
     hedger = make_band_hedger(features=FEATURES, hidden_sizes=(4,))
     with pytest.raises(ValueError, match="n_inner_shown must be at least n_inner = 9"):
-        diagnostics.diagnostics_along_training(
+        diagnostics.make_diagnostics(
             hedger,
             SAMPLE,
             CONTRACT,
             ENTROPIC,
             settings(),
-            [],
             jax.random.key(0),
             update_of=update_of,
             n_inner=9,
         )
 
 
-def test_figure_has_six_labelled_panels(tmp_path):
-    figure = diagnostics_figure(of_a_band_hedger())
-    assert len(figure.axes) == 6
+# --- over seeds ---------------------------------------------------------------------------------------
+
+TINY = (
+    *("--model.hidden_sizes", "4", "--training.epochs", "1", "--training.n_paths", "32"),
+    *("--evaluation.epochs=", "--seed", "3"),
+)
+
+
+def test_one_entry_a_seed_the_first_as_with_one_seed_and_nothing_compiled_twice(monkeypatch):
+    traced = []
+
+    def counted(pnl, settings):
+        traced.append(pnl.shape)
+        return ENTROPIC(pnl, settings)
+
+    monkeypatch.setitem(train.OBJECTIVES, "entropic", counted)
+    config = load_config(SMOKE, TINY)
+    one = diagnose(config, n_seeds=1)
+    n_traced = len(traced)
+    two = diagnose(config, n_seeds=2)
+    assert 0 < n_traced == len(traced) - n_traced  # a second seed runs the first one's programs
+    assert two["seeds"] == [3, 4] and len(two["by_seed"]) == 2
+    assert two["by_seed"][0] == one["by_seed"][0] != two["by_seed"][1]
+    assert two["by_seed"][1]["epoch"] == [0, 1]
+    json.dumps(two, allow_nan=False)
+
+
+def of_three_seeds():
+    """Three times the band hedger's numbers, with its risk times 1, 2 and 4 by hand."""
+    by_seed = [of_a_band_hedger() | {"risk": [scale, 10.0 * scale]} for scale in (4.0, 1.0, 2.0)]
+    return {"seeds": [0, 1, 2], "by_seed": by_seed}
+
+
+def test_table_has_median_and_range_over_seeds_and_says_where_seeds_are_missing(capsys):
+    results = of_three_seeds()
+    results["by_seed"][0]["step_norm"] = [None, None]
+    print_diagnostics(results)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "median of 3 seeds (lowest to highest)" in said
+    assert "2 (1 to 4)" in said and "20 (10 to 40)" in said
+    assert "2 of 3 seeds" in said
+    # the dead network's steps change nothing, whatever the seed: its ratio is not defined
+    assert "–" in said
+
+
+def test_figure_has_nine_labelled_panels_with_a_band_for_every_curve_over_seeds(tmp_path):
+    figure = diagnostics_figure(of_three_seeds())
+    assert len(figure.axes) == 9
+    assert "median of 3 seeds" in figure.get_suptitle() and "lowest to highest" in figure.get_suptitle()
     for axis in figure.axes:
         assert axis.get_xlabel() and axis.get_ylabel() and axis.get_title() and axis.get_legend()
+        assert len(axis.collections) >= 4  # two bands a curve
     figure.savefig(tmp_path / "diagnostics.png")
     assert (tmp_path / "diagnostics.png").stat().st_size > 20_000
 
 
+@pytest.mark.parametrize("given, n_seeds", [((), 5), (("--seeds", "3"), 3)])
+def test_script_writes_results_and_figure_and_prints_the_table(given, n_seeds, tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        diagnostics_run, "diagnose", lambda config, *, n_seeds: asked.append(n_seeds) or of_three_seeds()
+    )
+    assert main([SMOKE, *given, "--out", str(tmp_path)]) == 0 and asked == [n_seeds]
+    assert json.loads((tmp_path / "diagnostics.json").read_text()) == of_three_seeds()
+    out = capsys.readouterr().out
+    assert "median of 3 seeds" in out and f"figure: {tmp_path / 'diagnostics.png'}" in out
+
+
 def test_script_refuses_in_one_line_and_overwrites_nothing(tmp_path, capsys):
-    assert main(["--help"]) == 0 and "CONFIG" in capsys.readouterr().out
+    assert main(["--help"]) == 0 and "--seeds" in capsys.readouterr().out
     (tmp_path / "diagnostics.json").write_text("earlier")
     for arguments, said in (
-        (["configs/smoke.toml", "--out", str(tmp_path)], "--overwrite"),
+        ([SMOKE, "--out", str(tmp_path)], "--overwrite"),
         (["missing.toml"], "no config file 'missing.toml'"),
+        (["--seeds", "2"], "config file comes first"),
+        ([SMOKE, "--seeds", "0"], "--seeds must be from 1 to 100, got 0"),
+        ([SMOKE, "--seeds", "101"], "--seeds must be from 1 to 100, got 101"),
+        ([SMOKE, "--seeds", "two"], "--seeds: invalid int value: 'two'"),
+        ([SMOKE, "--seeds"], "--seeds: expected one argument"),
     ):
         assert main(arguments) == 2
         out, err = capsys.readouterr()
-        assert out == "" and said in err and err.count("\n") == 1
+        assert out == "" and said in err and err.startswith("diagnostics.py: ") and err.count("\n") == 1
     assert (tmp_path / "diagnostics.json").read_text() == "earlier"
