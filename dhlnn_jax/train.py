@@ -95,7 +95,8 @@ def make_train_step(
       n_paths: paths a step.
       curvature: of the objective, from `CURVATURES`, for updates that solve with it.
       chunk_size: decisions that go through the network at a time, see `rows.in_chunks`; None: all at once.
-      mesh: devices that share the paths evenly, over its one axis; the state is the same on all of them.
+      mesh: devices that share the paths evenly, over its one axis; the state is the same on all of them. On a
+        CPU, wait for one step (`jax.block_until_ready`) before the next: two in flight can deadlock.
     Returns: `step(state, key, settings) -> (state, info)`.
     Numerics: results are the same for every chunk_size and mesh, to rounding.
     """
