@@ -327,6 +327,7 @@ def _parser() -> _Parser:
     option("--every", type=_positive, default=10, help="epochs between two evaluations (default: 10)")
     option = add["tuned"]
     option("--seeds", type=_positive, default=5, help="trainings of every point of a grid (default: 5)")
+    option("--seed", type=int, default=0, help="the first of them, and of the test paths (default: 0)")
     option("--looks", type=_positive, default=10, help="at the regret, evenly over a training (default: 10)")
     option("--methods", nargs="+", choices=list(GRIDS), default=list(GRIDS), help="default: all")
     option("--batch", type=_positive, nargs="+", metavar="PATHS", help="paths an epoch; default: the grid's")

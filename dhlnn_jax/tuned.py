@@ -186,7 +186,7 @@ def tuned(options: argparse.Namespace) -> Answer:
 
     A point that misses the target with one seed is no longer a candidate: the next seeds are not trained.
     """
-    config = load_config(options.config)
+    config = load_config(options.config, ["--seed", str(options.seed)])
     points = grid_points(options.methods, batch=options.batch, rates=options.rates, epochs=options.epochs)
     judge = Judge(config, options.n_paths, options.target)
     shared: dict[tuple[Any, ...], list[Point]] = {}
