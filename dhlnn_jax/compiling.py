@@ -4,7 +4,7 @@ Compiling is most of a short run. Measured in docs/performance.md; accelerators 
 """
 
 from collections.abc import Callable
-from functools import cache, partial, wraps
+from functools import cache, wraps
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ def _understood() -> bool:
     if jax.default_backend() != "cpu":
         return False
     try:
-        partial(jax.jit, compiler_options=_SELDOM)(lambda: 0).lower().compile()
+        jax.jit(lambda: 0, compiler_options=_SELDOM).lower().compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True
