@@ -113,7 +113,8 @@ def variants_of(
 
     Args:
       paths: sizes in place of `FRESH_PATHS` or `FIXED_PATHS`.
-      rows: only these of the optimizers, and the reference; for "noise" and "data" five of them by default.
+      rows: only these of the optimizers, and the reference; by default all of them for "optimizers", those of
+        the group "controls" for "noise" and "data".
       hedger: the method whose network is trained; Gauss-Newton is for the band.
     Raises: UsageError for an unknown study or row, N = 1 (there is nothing to ablate), sizes for
       "optimizers", and for "noise" and "data" on recorded prices.
@@ -125,7 +126,7 @@ def variants_of(
     optimizers = _optimizers(config)
     if METHODS[hedger].recurrent or config.risk.kind not in CURVATURES:
         del optimizers["newton"]
-    controls = tuple(name for name in _CONTROLS if name in optimizers)
+    controls = tuple(name for name, variant in optimizers.items() if "controls" in variant.groups)
     wanted = rows or (tuple(optimizers) if study == "optimizers" else controls)
     for row in wanted:
         if row not in optimizers:
@@ -169,9 +170,6 @@ class _Level(NamedTuple):
     options: dict[str, Any]
     fixed_data: bool = False
     price_noise: float = 0.0
-
-
-_CONTROLS = (REFERENCE, "adam", "adam_n_eta", "adam_same_batch", "newton")
 
 
 def _optimizers(config: Config) -> dict[str, Variant]:

@@ -17,9 +17,9 @@ from dhlnn_jax.ablation_study import DIVERGED, Point, last_within
 Results = dict[str, Any]
 
 # Okabe and Ito's colours, distinguishable with any colour vision; line styles and markers differ as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
-_LINES = ("-", "--", "-.", ":", (0, (7, 2)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)))
-_MARKERS = "osD^vP*X"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#777777")
+_LINES = ("-", "--", "-.", ":", (0, (7, 2)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2)), (0, (4, 4)))
+_MARKERS = "osD^vP*Xh"
 _GROUPS = ("controls", "objective", "inner")
 _SPENT = {
     "epochs": "epochs",
@@ -219,15 +219,16 @@ def _price_noise(results: Results) -> Figure | None:
     if not levels or not results["finished"]:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    methods = next(iter(levels.values()))
     for axis, test in zip(axes, ("equally noisy", "true"), strict=True):
         lowest = np.inf
-        for i, (method, first) in enumerate(next(iter(levels.values())).items()):
+        for i, (method, first) in enumerate(methods.items()):
             variants = [rows[method] for rows in levels.values()]
             values = [v["clean_value"] if test == "true" else v["points"][-1]["value"] for v in variants]
             spread = _spread(results, [{"value": value} for value in values])
             lowest = min(lowest, float(np.nanmin(spread, initial=np.inf)))
             low, middle, high = spread
-            x = np.arange(len(levels)) + 0.12 * (i - 1.5)
+            x = np.arange(len(levels)) + 0.09 * (i - (len(methods) - 1) / 2)
             style = _style(i, _method_label(first)) | {"linestyle": "none", "markersize": 6}
             axis.errorbar(x, middle, yerr=[middle - low, high - middle], capsize=3, **style)
         axis.set_xticks(range(len(levels)), [level.split()[1] for level in levels])
