@@ -3,13 +3,12 @@
 ablation.json holds everything, see `ablation_study.run_study`; ablation_*.png are drawn from it.
 """
 
-import argparse
 import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dhlnn_jax.ablation import STUDIES
 from dhlnn_jax.ablation_figures import diverged, draw, value_label
@@ -17,6 +16,7 @@ from dhlnn_jax.ablation_study import run_study
 from dhlnn_jax.config import load_config
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.results import write_json
+from dhlnn_jax.script import Parser, config_first, config_line, exit_code
 
 Results = dict[str, Any]
 
@@ -145,22 +145,14 @@ def read_ablation(folder: Path) -> Results:
     return results
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python scripts/ablation.py",
         usage="python scripts/ablation.py CONFIG [options] [--section.key value ...] | --report FOLDER",
         description="Trains variants of nested training and their controls from the same seeds, measures all "
         "on the same test paths, and compares them at equal epochs, gradients and seconds. The options of a "
         "run lie over CONFIG as in scripts/run.py; --out defaults to results/ablation_STUDY.",
-        add_help=False,
-        allow_abbrev=False,
     )
-    parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
     parser.add_argument(
         "--study",
         default="optimizers",
@@ -180,42 +172,19 @@ def _parser() -> _Parser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the script; returns its exit code: 0, 2 for a mistake in what was given, 130 if interrupted."""
-    try:
-        return _run(list(arguments))
-    except UsageError as error:
-        print(f"ablation.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"ablation.py: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"ablation.py: interrupted; what was measured by then, if anything, is in {_FILE}: see --report",
-            file=sys.stderr,
-        )
-        return 130
+    """Runs the script; returns its exit code, that of `script.exit_code`."""
+    interrupted = f"; what was measured by then, if anything, is in {_FILE}: see --report"
+    return exit_code("ablation.py", lambda: _run(arguments), interrupted=interrupted)
 
 
-def _run(arguments: list[str]) -> int:
-    if not arguments:
-        print(_parser().format_help(), end="", file=sys.stderr)
-        return 2
-    path = None if arguments[0].startswith("-") else arguments.pop(0)
-    options, overrides = _parser().parse_known_args(arguments)
-    if options.help:
-        print(_parser().format_help(), end="")
-        return 0
+def _run(arguments: Sequence[str]) -> None:
+    path, options, overrides = config_line(_parser(), arguments)
     if options.report is not None:
         _show(read_ablation(options.report), options.report)
-        return 0
-    if path is None:
-        raise UsageError("the config file comes first: ablation.py CONFIG [--seeds 5] ...; see --help")
-    if not 1 <= options.seeds <= 100:
-        raise UsageError(f"--seeds must be from 1 to 100, got {options.seeds}")
+        return
     if not any(flag.partition("=")[0] == "--out" for flag in overrides):
         overrides += ["--out", f"results/ablation_{options.study}"]
-    config = load_config(path, overrides)
+    config = load_config(config_first(path, "ablation.py CONFIG [--seeds 5] ..."), overrides)
     folder = Path(config.out)
     earlier = [*folder.glob(_FILE), *folder.glob("ablation_*.png")]
     if earlier and not options.overwrite:
@@ -237,7 +206,6 @@ def _run(arguments: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / _FILE, results)
     _show(results, folder)
-    return 0
 
 
 def _show(results: Results, folder: Path) -> None:

@@ -5,13 +5,12 @@ Compilation is never part of a step's time. The measuring itself is in `timing`.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from dhlnn_jax import runtime
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.race import print_race, time_to_regret
+from dhlnn_jax.script import Parser, exit_code, show_help
 from dhlnn_jax.settings import Settings
 from dhlnn_jax.timing import (
     PEERS,
@@ -251,11 +251,6 @@ def print_rows(rows: dict[str, dict[str, Any]]) -> None:
         print(f"{name:32}{cells} {row['unit']:4} {notes}".rstrip())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -293,10 +288,8 @@ QUESTIONS: dict[str, Callable[[argparse.Namespace], Answer]] = {
 }
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="python scripts/benchmark.py", description="Measures speed, one question at a time."
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="python scripts/benchmark.py", description="Measures speed, one question at a time.")
     questions = parser.add_subparsers(dest="question", required=True, metavar="QUESTION")
     add = {name: questions.add_parser(name, help=ask.__doc__).add_argument for name, ask in QUESTIONS.items()}
     for name, option in add.items():
@@ -341,25 +334,14 @@ def _parser() -> _Parser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the script; returns its exit code: 0, 2 for a mistake in what was given, 130 if interrupted."""
-    try:
-        return _run(list(arguments))
-    except UsageError as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"benchmark.py: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmark.py: interrupted, nothing was written", file=sys.stderr)
-        return 130
+    """Runs the script; returns its exit code, that of `script.exit_code`."""
+    return exit_code("benchmark.py", lambda: _run(arguments))
 
 
-def _run(arguments: list[str]) -> int:
-    if not arguments:
-        print(_parser().format_help(), end="", file=sys.stderr)
-        return 2
-    options = _parser().parse_args(arguments)
+def _run(arguments: Sequence[str]) -> None:
+    parser = _parser()
+    show_help(parser.format_help, arguments[:1])  # after a question, its own
+    options = parser.parse_args(arguments)
     check_target(options.json, options.question, overwrite=options.overwrite)
     runtime.prepare(devices=getattr(options, "devices", None))
     jax.config.update("jax_enable_compilation_cache", False)  # what compiling costs is measured, not saved
@@ -373,4 +355,3 @@ def _run(arguments: list[str]) -> int:
     if options.json is not None:
         add_answer(options.json, options.question, answer)
         print(f"numbers: {options.json}")
-    return 0

@@ -1,15 +1,12 @@
-"""What the scripts do with their arguments: results on stdout, progress and mistakes on stderr, exit codes.
+"""The command lines of run.py, report.py and sweep.py."""
 
-0: done. 2: a mistake in what was given, in one line. 1: training failed, in one line. 130: interrupted.
-"""
-
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.script import config_first, exit_code, show_help
 
 _RUN_USAGE = """usage: python scripts/run.py CONFIG [--section.key value ...] [--overwrite | --resume]
 
@@ -46,33 +43,17 @@ example, figure 6 of the paper (not trading is optimal at all its costs):
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
-    """Runs a script's command; returns its exit code."""
+    """Runs a script's command; returns its exit code, that of `script.exit_code`."""
     commands = {"run": _run, "report": _report, "sweep": _sweep}
-    try:
-        return commands[command](list(arguments))
-    except UsageError as error:
-        print(f"{command}.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{command}.py: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"{command}.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        rest = "; --resume goes on from the last checkpoint" if command == "run" else ", nothing was written"
-        print(f"{command}.py: interrupted{rest}", file=sys.stderr)
-        return 130
+    rest = "; --resume goes on from the last checkpoint" if command == "run" else ", nothing was written"
+    return exit_code(f"{command}.py", lambda: commands[command](list(arguments)), interrupted=rest)
 
 
-def _run(arguments: list[str]) -> int:
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        _print_run_help(arguments)
-        return 0 if arguments else 2
+def _run(arguments: list[str]) -> None:
+    show_help(lambda: _run_help(arguments), arguments)
     flags = {flag: flag in arguments for flag in ("--overwrite", "--resume")}
     path, *overrides = [argument for argument in arguments if argument not in flags] or [""]
-    if not path or path.startswith("--"):
-        raise UsageError("the config file comes first: run.py CONFIG [--section.key value ...]; see --help")
+    config_first(path, "run.py CONFIG [--section.key value ...]")
     if all(flags.values()):
         raise UsageError("--overwrite starts anew and --resume goes on: give one of them")
     several, overrides = _several(overrides)
@@ -91,10 +72,9 @@ def _run(arguments: list[str]) -> int:
         if several[2] > 0:  # computes the same, keeps nothing
             with tempfile.TemporaryDirectory() as folder:
                 run(config.model_copy(update={"out": folder}))
-            return 0
+            return
     results = run(config, overwrite=flags["--overwrite"], resume=flags["--resume"])
     report.print_report(results)
-    return 0
 
 
 def _several(arguments: list[str]) -> tuple[tuple[str, int, int] | None, list[str]]:
@@ -114,30 +94,23 @@ def _several(arguments: list[str]) -> tuple[tuple[str, int, int] | None, list[st
         raise UsageError("several processes need --coordinator HOST:PORT --processes N --process I") from None
 
 
-def _report(arguments: list[str]) -> int:
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        print(_REPORT_USAGE, end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
+def _report(arguments: list[str]) -> None:
+    show_help(lambda: _REPORT_USAGE, arguments)
     from dhlnn_jax import report
     from dhlnn_jax.results import read_results
 
     for results in [read_results(folder) for folder in arguments]:
         report.write_figures(results)
         report.print_report(results)
-    return 0
 
 
-def _sweep(arguments: list[str]) -> int:
+def _sweep(arguments: list[str]) -> None:
     from dhlnn_jax.sweep import OPTIONS, claim_sweep, parse_over, sweep, write_sweep
 
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        usage = _SWEEP_USAGE.format(options=", ".join(OPTIONS))
-        print(usage, end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
+    show_help(lambda: _SWEEP_USAGE.format(options=", ".join(OPTIONS)), arguments)
     overwrite = "--overwrite" in arguments
     path, *rest = [argument for argument in arguments if argument != "--overwrite"] or [""]
-    if not path or path.startswith("--"):
-        raise UsageError("the config file comes first: sweep.py CONFIG --over OPTION VALUE ...; see --help")
+    config_first(path, "sweep.py CONFIG --over OPTION VALUE ...")
     over, overrides = parse_over(rest)
     from dhlnn_jax import runtime
     from dhlnn_jax.config import load_config
@@ -153,21 +126,18 @@ def _sweep(arguments: list[str]) -> int:
     written = write_sweep(results, folder)
     print_sweep(results)
     print(f"results: {written}\nfigure: {write_figure(results, folder)}")
-    return 0
 
 
-def _print_run_help(arguments: list[str]) -> None:
-    """The usage on stderr if nothing was given; else every option with its unit, on stdout."""
+def _run_help(arguments: list[str]) -> str:
+    """The usage, and if anything was given every option with its unit."""
     if not arguments:
-        print(_RUN_USAGE, end="", file=sys.stderr)
-        return
+        return _RUN_USAGE
     import tyro
 
     from dhlnn_jax.config import Config, load_config
 
     configs = [argument for argument in arguments[:1] if not argument.startswith("-")]
     default: Any = load_config(configs[0]) if configs else Config()
-    print(_RUN_USAGE)
     help_text = tyro.extras.get_parser(
         Config,
         prog="",
@@ -176,4 +146,4 @@ def _print_run_help(arguments: list[str]) -> None:
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,
     ).format_help()
-    print(help_text[help_text.index("Options, their units") :])
+    return f"{_RUN_USAGE}\n{help_text[help_text.index('Options, their units') :]}\n"

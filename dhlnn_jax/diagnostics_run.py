@@ -1,7 +1,5 @@
 """The diagnostics of configured trainings of `dhlnn` over seeds: their files and their command line."""
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from dhlnn_jax.errors import UsageError
 from dhlnn_jax.fitting import build_hedger, build_update, make_contract
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.results import write_json
+from dhlnn_jax.script import Parser, config_first, config_line, exit_code
 from dhlnn_jax.source import make_source
 from dhlnn_jax.train import OBJECTIVES, TrainInfo, TrainState, first_state, fit, make_train_step
 
@@ -71,52 +70,27 @@ def diagnose(config: Config, *, n_seeds: int = 5) -> dict[str, Any]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python scripts/diagnostics.py",
         usage="python scripts/diagnostics.py CONFIG [options] [--section.key value ...]",
         description="Trains dhlnn as the configuration says, once for each seed, and writes diagnostics.json "
         "and diagnostics.png to its `out`: error of the linearization, drift of the gradient, norms of "
         "gradient and Hessian beside the bounds, inner steps, and the share of decisions without a gradient.",
-        add_help=False,
-        allow_abbrev=False,
-        exit_on_error=False,
     )
-    parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, 1 to 100 (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier diagnostics in the folder")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the script; returns its exit code: 0, 2 for a mistake in what was given, 130 if interrupted."""
-    try:
-        return _run(list(arguments))
-    except argparse.ArgumentError as error:
-        print(f"diagnostics.py: {error}; see --help", file=sys.stderr)
-        return 2
-    except (UsageError, OSError) as error:
-        print(f"diagnostics.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("diagnostics.py: interrupted, nothing written", file=sys.stderr)
-        return 130
+    """Runs the script; returns its exit code, that of `script.exit_code`."""
+    return exit_code("diagnostics.py", lambda: _run(arguments))
 
 
-def _run(arguments: list[str]) -> int:
-    if not arguments:
-        print(_parser().format_help(), end="", file=sys.stderr)
-        return 2
-    path = None if arguments[0].startswith("-") else arguments.pop(0)
-    options, overrides = _parser().parse_known_args(arguments)
-    if options.help:
-        print(_parser().format_help(), end="")
-        return 0
-    if path is None:
-        raise UsageError("the config file comes first: diagnostics.py CONFIG [--seeds 5] ...; see --help")
-    if not 1 <= options.seeds <= 100:
-        raise UsageError(f"--seeds must be from 1 to 100, got {options.seeds}")
-    config = load_config(path, overrides)
+def _run(arguments: Sequence[str]) -> None:
+    path, options, overrides = config_line(_parser(), arguments)
+    config = load_config(config_first(path, "diagnostics.py CONFIG [--seeds 5] ..."), overrides)
     folder = Path(config.out)
     table, picture = folder / "diagnostics.json", folder / "diagnostics.png"
     if table.exists() and not options.overwrite:
@@ -127,4 +101,3 @@ def _run(arguments: list[str]) -> int:
     diagnostics_figure(results).savefig(picture, dpi=150)
     print_diagnostics(results)
     print(f"results: {table}\nfigure: {picture}")
-    return 0

@@ -9,13 +9,12 @@ runs measured with one seed see the same paths. Statistics are those of `streami
 their money are float32 as in training, good to about 1e-7 of the spot.
 """
 
-import argparse
 import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from dhlnn_jax.market import SIMULATORS, make_simulation_sampler
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.report import label_of, tail_not_estimable
 from dhlnn_jax.results import Results, machine, read_results, write_json
+from dhlnn_jax.script import Parser, exit_code, show_help
 from dhlnn_jax.settings import Settings, make_settings
 from dhlnn_jax.trained import TrainedHedger, load
 
@@ -285,18 +285,11 @@ def _number(value: float | None, stderr: float | None, *, least: int = 6) -> str
     return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python scripts/measure.py",
         description="Measures the methods of a finished run on fresh simulated paths, as many as you like: "
         "memory does not grow with them, and the numbers do not depend on --chunk.",
-        add_help=False,
-        allow_abbrev=False,
     )
     parser.add_argument("results", nargs="?", metavar="RESULTS", help="results folder of scripts/run.py")
     parser.add_argument(
@@ -309,33 +302,18 @@ def _parser() -> _Parser:
     parser.add_argument("--chunk", type=int, default=100_000, help="paths at a time (default: 100000)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to a file as well")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier FILE")
-    parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the script; returns its exit code: 0, 2 for a mistake in what was given, 130 if interrupted."""
-    try:
-        return _run(list(arguments))
-    except UsageError as error:
-        print(f"measure.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"measure.py: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("measure.py: interrupted, nothing was written", file=sys.stderr)
-        return 130
+    """Runs the script; returns its exit code, that of `script.exit_code`."""
+    return exit_code("measure.py", lambda: _run(arguments))
 
 
-def _run(arguments: list[str]) -> int:
-    if not arguments:
-        print(_parser().format_help(), end="", file=sys.stderr)
-        return 2
-    options = _parser().parse_args(arguments)
-    if options.help:
-        print(_parser().format_help(), end="")
-        return 0
+def _run(arguments: Sequence[str]) -> None:
+    parser = _parser()
+    show_help(parser.format_help, arguments)
+    options = parser.parse_args(arguments)
     if options.results is None:
         raise UsageError("the results folder is missing: measure.py RESULTS [--n-paths 1000000]; see --help")
     if options.json is not None:  # before the work, which may take an hour
@@ -354,4 +332,3 @@ def _run(arguments: list[str]) -> int:
     if options.json is not None:
         write_json(options.json, report)
         print(f"numbers: {options.json}")
-    return 0

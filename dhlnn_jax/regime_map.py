@@ -1,11 +1,9 @@
 """The picture of the regime map, its files and its command line."""
 
-import argparse
 import csv
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,6 +22,7 @@ from dhlnn_jax.regime import (
     regime_map,
     risks_of,
 )
+from dhlnn_jax.script import Parser, exit_code
 
 
 def figure_of(regimes: RegimeMap) -> Figure:
@@ -164,20 +163,12 @@ def print_marked(marked: dict[str, Risks]) -> None:
         print(f"{name:20}{at.size:11.3f}{at.relative_cost:11.4f}{risks}{shares}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python scripts/regime_map.py",
         description="Computes the risks of the optimum, no hedge, delta and Whalley-Wilmott over a grid of "
         "lambda P_0 sigma sqrt(T) and c / (sigma sqrt(T)), and draws where hedging is worth its cost.",
-        add_help=False,
-        allow_abbrev=False,
     )
-    parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
     parser.add_argument(
         "--volatility", type=float, default=0.2, help="per square root of a year, 0.01 to 1 (default: 0.2)"
     )
@@ -192,25 +183,12 @@ def _parser() -> _Parser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the script; returns its exit code: 0, 2 for a mistake in what was given, 130 if interrupted."""
-    try:
-        return _run(list(arguments))
-    except UsageError as error:
-        print(f"regime_map.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"regime_map.py: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("regime_map.py: interrupted, nothing was written", file=sys.stderr)
-        return 130
+    """Runs the script; returns its exit code, that of `script.exit_code`."""
+    return exit_code("regime_map.py", lambda: _run(arguments))
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
-    if options.help:
-        print(_parser().format_help(), end="")
-        return 0
     if not 0.01 <= options.volatility <= 1.0:
         raise UsageError(f"--volatility must be from 0.01 to 1, got {options.volatility:g}")
     if not 2 <= options.points <= 100:
@@ -224,4 +202,3 @@ def _run(arguments: list[str]) -> int:
     print_marked({name: risks_of(setting) for name, setting in MARKED.items()})
     picture, table = write_map(regimes, options.out)
     print(f"figure: {picture}\ntable: {table}")
-    return 0
