@@ -16,8 +16,10 @@ import numpy as np
 from dhlnn_jax.case import Case, make_case
 from dhlnn_jax.config import Config, make_config
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.fitting import rate_option
 from dhlnn_jax.fleet import keys_of
 from dhlnn_jax.measured import Row, case_metrics, measured_rows
+from dhlnn_jax.methods import METHODS
 from dhlnn_jax.notes import no_liability, not_trading_is_optimal, notes_of
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.results import machine, write_json
@@ -45,7 +47,8 @@ def sweep(config: Config, over: Mapping[str, Sequence[float]]) -> SweepResults:
       over: option (one of OPTIONS) -> its values; several options make a grid, the first varying slowest.
     Returns: contents of sweep.json: "over"; "points", in the order of the grid, each with "at" (option ->
       value), "methods", "paired" and "optimum" as in metrics.json, "notes", "not_trading_is_optimal" and
-      "no_liability"; "seconds", training and compilation by method; "config", "machine", "n_test_paths".
+      "no_liability"; "notes" on the sweep; "seconds", training and compilation by method; "config",
+      "machine", "n_test_paths".
     Raises: UsageError for an option that cannot be swept or a value that is not allowed.
       FloatingPointError as `trainer.train_method`.
     """
@@ -79,7 +82,7 @@ def _sweep(config: Config, over: Mapping[str, Sequence[float]]) -> SweepResults:
         "points": [_point(at, case, of_case) for at, case, of_case in zip(points, cases, rows, strict=True)],
         "config": config.model_dump(mode="json"),
         "n_test_paths": int(sources[0].test.spot.shape[0]),
-        "notes": list(sources[0].notes),
+        "notes": [*sources[0].notes, *_about_rates(configs[0], over, list(trained))],
         "seconds": {
             "total": time.perf_counter() - began,
             "train": {name: method.train_seconds for name, method in trained.items()},
@@ -106,6 +109,15 @@ def _check(config: Config, over: Mapping[str, Sequence[float]]) -> None:
         raise UsageError("--over market.volatility: recorded prices have their own volatility")
     if "cost.rate" in over and config.cost.charge == "half_spread":
         raise UsageError("--over cost.rate: cost.charge is 'half_spread', which uses no rate")
+
+
+def _about_rates(config: Config, over: Mapping[str, Sequence[float]], trained: Sequence[str]) -> list[str]:
+    """Which trained methods a swept learning rate leaves as they are: the rows alone look like robustness."""
+    option = "training.learning_rate"
+    unmoved = [n for n in trained if METHODS[n].update == "newton" or rate_option(n, config) != option]
+    if option not in over or not unmoved:
+        return []
+    return [f"{option} is not used by {', '.join(unmoved)}, and makes no difference there"]
 
 
 def _config_at(config: Config, at: Mapping[str, float]) -> Config:

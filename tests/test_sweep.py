@@ -93,6 +93,21 @@ def test_grid_has_every_combination_and_every_seed(grid):
         assert "optimum" not in point and "regret" not in point["methods"]["dhntb"]
 
 
+def test_rate_that_a_method_does_not_use_is_noted_and_changes_nothing_there(base, grid, swept, capsys):
+    small = ("--market.n_steps", "3", "--evaluation.optimum", "false")
+    config = tiny("--methods", "dhlnn", "dhlnn_newton", "dhntb", *small)
+    with programs_kept(base / "programs"):
+        results = sweep(config, {"training.learning_rate": [1e-3, 5e-3]})
+    said = "training.learning_rate is not used by dhlnn, dhlnn_newton, and makes no difference there"
+    assert results["notes"] == [said]  # dhlnn has nested.learning_rate
+    sweep_report.print_sweep(results)
+    assert f"note: {said}\n" in capsys.readouterr().err
+    for name in ("dhlnn", "dhlnn_newton", "dhntb"):
+        first, second = (point["methods"][name]["final"] for point in results["points"])
+        assert (first == second) == (name != "dhntb"), name
+    assert grid["notes"] == swept["notes"] == []  # no such method, another option
+
+
 def test_bands_of_several_optima_are_those_of_each():
     configs = [tiny("--market.volatility", v, "--market.drift", d) for v, d in (("0.2", "0"), ("0.3", "0.4"))]
     sources = make_sources(configs, jax.random.key(0))
