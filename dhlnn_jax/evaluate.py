@@ -110,7 +110,7 @@ class Measurement(NamedTuple):
     effective_sample_size: Array
 
 
-@jax.jit
+@jit_for_seldom
 def measure(money: HedgedPaths, settings: Settings) -> Measurement:
     """Values and influences of all metrics."""
     values, influences = {}, {}

@@ -10,6 +10,23 @@ from jaxtyping import Array, Float
 from dhlnn_jax.linearize import OutputLayer
 
 
+class Columns(nn.Module):
+    """A dense layer on columns: y = kernel^T x + bias, the batch behind the features; params of `nn.Dense`.
+
+    Numerics: the gradient of the kernel then contracts the last axes of both its factors, 1.5 times as fast
+      on XLA's CPU backend as the first axes, which it contracts for rows (docs/performance.md).
+    """
+
+    size: int
+    kernel_init: Any = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, " n_inputs *batch"]) -> Float[Array, " n_outputs *batch"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[0], self.size))
+        bias = self.param("bias", nn.initializers.zeros, (self.size,))
+        return jnp.tensordot(kernel, x, axes=(0, 0)) + bias.reshape(-1, *(1,) * (x.ndim - 1))
+
+
 class Perceptron(nn.Module):
     """Dense ReLU layers and a linear output, Eq. (50): a composition of layers (misprinted as a product).
 
@@ -27,14 +44,16 @@ class Perceptron(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch n_features"]) -> Float[Array, "*batch n_outputs"]:
-        for size in self.hidden_sizes:
-            x = nn.relu(nn.Dense(size)(x))
+        x = jnp.moveaxis(x, -1, 0)
+        for i, size in enumerate(self.hidden_sizes):
+            x = nn.relu(Columns(size, name=f"Dense_{i}")(x))
         if self.hidden_only:
-            return x
+            return jnp.moveaxis(x, 0, -1)
         scaled = nn.initializers.zeros
         if self.output_scale:
             scaled = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "truncated_normal")
-        return nn.Dense(self.n_outputs, kernel_init=scaled)(x)
+        output = Columns(self.n_outputs, scaled, name=f"Dense_{len(self.hidden_sizes)}")(x)
+        return jnp.moveaxis(output, 0, -1)
 
 
 class BandNetwork(nn.Module):

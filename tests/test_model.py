@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,25 @@ def test_perceptron_by_hand():
     # x = (1, -1): hidden (1 - 2 + 0.5, -1 - 0.5 + 0.25) -> both negative; x = (1, 2): (5.5, 0.25)
     output = network.apply(params, jnp.array([[1.0, -1.0], [1.0, 2.0]]))
     np.testing.assert_allclose(output, [[-1.0], [3 * 5.5 + 10 * 0.25 - 1.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (7, 5)])
+def test_perceptron_is_flax_dense_layers_with_their_params_and_gradients(key, batch):
+    class Rows(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for size in (8, 6):
+                x = nn.relu(nn.Dense(size)(x))
+            return nn.Dense(2)(x)
+
+    rows, network, x = Rows(), Perceptron((8, 6), 2), jax.random.normal(key, (*batch, 3))
+    params = rows.init(key, x)
+    assert jax.tree.structure(params) == jax.tree.structure(network.init(key, x))
+    jax.tree.map(np.testing.assert_array_equal, params, network.init(key, x))
+    gradient = lambda net: jax.grad(lambda w: jnp.sum(jnp.sin(net.apply(w, x))))(params)  # noqa: E731
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+    close(network.apply(params, x), rows.apply(params, x))
+    jax.tree.map(close, gradient(network), gradient(rows))
 
 
 @pytest.mark.parametrize("batch", [(), (5,), (7, 5)])
