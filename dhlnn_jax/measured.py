@@ -115,7 +115,7 @@ def _rows(
     else:
         policy = build_policy(name, first.config, first.source.market_settings)
     if trained is not None:
-        which = first.config.evaluation.parameters
+        which = first.config.measured_parameters
         params = stacked([getattr(one, which) for one in trained.members])
     layout = layout_of(len(members), n_paths=1, devices=first.config.training.devices)
     evaluate = fleet_evaluator(policy, first.contract, mesh=layout.members)

@@ -121,7 +121,7 @@ def load(results_folder: str | Path, method: str, *, seed: int | None = None) ->
             raise UsageError(f"{str(results_folder)!r} has seeds {config.seed} to {last}, not {seed}")
         folder = params_folder(Path(results_folder), method, None if seed == config.seed else seed)
         params = load_tree(
-            folder / config.evaluation.parameters, jax.eval_shape(hedger.init, jax.random.key(0))
+            folder / config.measured_parameters, jax.eval_shape(hedger.init, jax.random.key(0))
         )
     settings, market_settings = (
         make_settings(n_steps=config.market.n_steps, **results.meta[name])

@@ -344,3 +344,13 @@ def test_refusals_from_python_carry_the_same_line(small):
         make_config({"market": {"volatility": -1.0}}, source="mine")
     with pytest.raises(UsageError, match=r"small.toml with the command line: seed = '-1'"):
         load_config(small, ["--seed", "-1"])
+
+
+def test_a_rate_that_falls_to_zero_is_measured_after_the_last_epoch(small):
+    for overrides, which in (
+        ([], "best"),
+        (["--training.schedule", "cosine"], "last"),
+        (["--training.schedule", "cosine", "--evaluation.parameters", "best"], "best"),
+        (["--evaluation.parameters", "last"], "last"),
+    ):
+        assert load_config(small, overrides).measured_parameters == which
