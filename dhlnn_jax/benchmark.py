@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dhlnn_jax import runtime
+from dhlnn_jax.clamp_time import clamp
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.race import print_race, time_to_regret
 from dhlnn_jax.script import Parser, exit_code, show_help
@@ -239,7 +240,12 @@ def compile_time(options: argparse.Namespace) -> Answer:
 
 def print_rows(rows: dict[str, dict[str, Any]]) -> None:
     """Median, minimum and maximum of each row, and its further numbers, on stdout."""
-    further = {"ratio_to_ours": "x ours", "ratio_to_fewest": "x fewest", "live_rows": "of rows live"}
+    further = {
+        "ratio_to_ours": "x ours",
+        "ratio_to_scan": "x the scan",
+        "ratio_to_fewest": "x fewest",
+        "live_rows": "of rows live",
+    }
     further |= {"share_of_product_rate": "of product rate", "programs_compiled": "programs"}
     further |= {"compile_seconds": "s to compile", "resident": "MiB resident"}
     print(f"{'':32}{'median':>11}{'min':>11}{'max':>11}")
@@ -266,6 +272,13 @@ def _race(options: argparse.Namespace) -> Answer:
     return answer
 
 
+def _clamp(options: argparse.Namespace) -> Answer:
+    """Seconds of the band's recursion and of its gradient, scan and parallel, by horizon."""
+    answer = clamp(options)
+    print_rows(answer["ours"]["by_horizon"])
+    return answer
+
+
 def _tuned(options: argparse.Namespace) -> Answer:
     """Seconds to a small regret, each method at the best of its grid; evaluation is off the clock."""
     answer = tuned(options)
@@ -282,6 +295,7 @@ QUESTIONS: dict[str, Callable[[argparse.Namespace], Answer]] = {
     "time-to-regret": _race,
     "tuned": _tuned,
     "sweep": sweep,
+    "clamp": _clamp,
     "scaling": scaling,
     "memory": memory,
     "compile": compile_time,
@@ -297,12 +311,15 @@ def _parser() -> Parser:
         option("--overwrite", action="store_true", help="replace an earlier answer to this question in FILE")
         if name != "tuned":
             option("--repeats", type=_positive, default=3 if name in ("time-to-regret", "compile") else 7)
-        option("--chunk", type=_rows, metavar="ROWS", help="rows at a time, 0: all; default: as in training")
-        if name not in ("scaling", "sweep"):
+        if name != "clamp":
+            option(
+                "--chunk", type=_rows, metavar="ROWS", help="rows at a time, 0: all; default: as in training"
+            )
+        if name not in ("scaling", "sweep", "clamp"):
             alone = {"default": 1, "help": "that share the paths (default: 1)"}
             shared = {"help": "that share the paths; default: as in training"}
             option("--devices", type=_positive, **(alone if name == "tuned" else shared))
-        if name != "memory":
+        if name not in ("memory", "clamp"):
             paths = {"time-to-regret": 1_000_000, "tuned": 200_000, "sweep": 4000}.get(name, 10_000)
             option("--n-paths", type=_positive, default=paths, help=f"default: {paths}")
         if name in ("step", "sweep", "scaling"):
@@ -327,6 +344,8 @@ def _parser() -> Parser:
     option("--rates", type=float, nargs="+", metavar="RATE", help="learning rates; default: the grid's")
     option("--epochs", type=_positive, nargs="+", help="of a training; default: the grid's")
     add["sweep"]("--members", type=_positive, default=8, help="hedgers (default: 8)")
+    option = add["clamp"]
+    option("--horizons", type=_positive, nargs="+", default=[30, 1_000, 10_000], help="steps of a path")
     add["scaling"]("--counts", type=_positive, nargs="+", default=[1, 2, 4], help="of host devices")
     add["memory"]("--sizes", type=_positive, nargs="+", default=[2500, 10_000, 40_000], help="paths")
     add["compile"]("--config", type=Path, default=_CONFIGS / "quickstart.toml", help="whose programs")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dhlnn_jax import benchmark, race, timing, workload
+from dhlnn_jax import benchmark, clamp_time, race, timing, workload
 from dhlnn_jax.errors import UsageError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -145,6 +145,14 @@ def test_step_without_the_peers_says_so_in_one_line_and_writes_ours(tmp_path, ca
     assert ours["unit"] == "s" and 0 < ours["min"] <= ours["median"] <= ours["max"]
     assert 0 < ours["live_rows"] <= 1 and ours["compile_seconds"] > 0
     assert ours["machine"]["cores"] >= 1 and "jax" in ours["machine"]["versions"]
+
+
+def test_clamp_times_both_forms_at_every_horizon(monkeypatch, capsys):
+    monkeypatch.setattr(clamp_time, "DECISIONS", 60)
+    assert benchmark.main(["clamp", "--horizons", "3", "20", "--repeats", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert [f"{n} steps, {kind}" in shown for n in (3, 20) for kind in ("scan", "parallel")] == [True] * 4
+    assert "x the scan" in shown and "s to compile" in shown
 
 
 def test_python_without_torch_is_no_peer(capsys):
