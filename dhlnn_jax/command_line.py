@@ -96,11 +96,11 @@ def _several(arguments: list[str]) -> tuple[tuple[str, int, int] | None, list[st
 
 def _report(arguments: list[str]) -> None:
     show_help(lambda: _REPORT_USAGE, arguments)
-    from dhlnn_jax import report
+    from dhlnn_jax import figures, report
     from dhlnn_jax.results import read_results
 
     for results in [read_results(folder) for folder in arguments]:
-        report.write_figures(results)
+        figures.write_figures(results)
         report.print_report(results)
 
 

@@ -1,252 +1,35 @@
-"""How far a network is from its linearization: the quantities of the paper's section 4.3 and appendix D.
-
-The first half works for any function of parameters; the second measures a hedger along its training.
-"""
+"""A hedger measured along its training: the quantities of the paper's section 4.3 and appendix D."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
+from dhlnn_jax.appendix_d import gradient_bound, hessian_bound, output_layer_fixed, perceptron_constants
 from dhlnn_jax.hedger import Anchor, Hedger, batched_inputs
-from dhlnn_jax.linearize import linearize_at
 from dhlnn_jax.market import MarketPath, Sampler
 from dhlnn_jax.nested import CostSurrogate, Problem, Update
+from dhlnn_jax.nonlinearity import (
+    gradient_drift,
+    gradient_drift_bound,
+    gradient_norms,
+    hessian_norms,
+    linearization_error,
+    log_slope,
+)
 from dhlnn_jax.pnl import COST_MODELS, Contract, contract_pnl, trades
 from dhlnn_jax.settings import Settings
 from dhlnn_jax.train import Objective, TrainState
 
 Params = Any
-Outputs = Any
 
 STEP_SIZES = tuple(2.0**k for k in range(-8, 4))
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
-
-
-# --- any function of parameters -----------------------------------------------------------------------
-
-
-class LinearizationError(NamedTuple):
-    """Along w = w0 + h d, one number for each step size h.
-
-    Attributes:
-      error: ||f(w) - f_lin(w)||. change: ||f(w) - f(w0)||; root mean squares over all outputs, in their unit.
-      mean_error, mean_change: the same as mean absolute values.
-    """
-
-    error: Float[Array, " n_sizes"]
-    change: Float[Array, " n_sizes"]
-    mean_error: Float[Array, " n_sizes"]
-    mean_change: Float[Array, " n_sizes"]
-
-    @property
-    def ratio(self) -> Float[Array, " n_sizes"]:
-        """error / change; NaN where nothing changes."""
-        return self.error / self.change
-
-    @property
-    def mean_ratio(self) -> Float[Array, " n_sizes"]:
-        """mean_error / mean_change; NaN where nothing changes."""
-        return self.mean_error / self.mean_change
-
-
-def linearization_error(
-    fn: Callable[[Params], Outputs],
-    params0: Params,
-    direction: Params,
-    step_sizes: Float[ArrayLike, " n_sizes"],
-) -> LinearizationError:
-    """Error of the first-order expansion of fn at params0, along one direction.
-
-    Args:
-      direction: a step d of the parameters, not normalized. step_sizes: h, its multiples.
-    Numerics: twice differentiable fn: error ~ h^2, change ~ h, ratio ~ h. A kink (ReLU, the clamp of a
-      band) at distance u along d leaves an error ~ (h - u)^+; over many outputs with kinks spread evenly the
-      root mean square goes like h^1.5, the mean absolute error like h^2 still. Errors below rounding are
-      rounding: use float64 for small h.
-    Source: paper Eq. (9) and (21).
-    """
-    at = linearize_at(fn, params0)
-    slope = at.jvp(direction)
-
-    def one(h: Array) -> LinearizationError:
-        moved = fn(jax.tree.map(lambda w, d: w + h * d, params0, direction))
-        change = ravel_pytree(jax.tree.map(jnp.subtract, moved, at.value))[0]
-        error = change - h * ravel_pytree(slope)[0]
-        rms = lambda x: jnp.sqrt(jnp.mean(jnp.square(x)))  # noqa: E731
-        return LinearizationError(
-            rms(error), rms(change), jnp.mean(jnp.abs(error)), jnp.mean(jnp.abs(change))
-        )
-
-    return jax.lax.map(one, jnp.asarray(step_sizes))
-
-
-def log_slope(x: Float[ArrayLike, " n"], y: Float[ArrayLike, " n"]) -> float:
-    """Least-squares slope of log y over log x; NaN if fewer than two of the y are positive."""
-    x, y = np.asarray(x), np.asarray(y)
-    used = y > 0
-    return float(np.polyfit(np.log(x[used]), np.log(y[used]), 1)[0]) if used.sum() > 1 else float("nan")
-
-
-def gradient_norms(fn: Callable[[Params], Outputs], params: Params) -> Float[Array, " n_outputs"]:
-    """||grad f_k(params)|| for every number k among the outputs of fn, flattened.
-
-    Numerics: builds the whole Jacobian, n_outputs times the number of parameters.
-    """
-    return jnp.linalg.norm(_jacobian(fn, params), axis=1)
-
-
-def gradient_drift(
-    fn: Callable[[Params], Outputs], params0: Params, params: Params
-) -> Float[Array, " n_outputs"]:
-    """||grad f_k(params) - grad f_k(params0)|| for every number k among the outputs, flattened.
-
-    Source: left-hand side of paper Eq. (23) and (25).
-    """
-    return jnp.linalg.norm(_jacobian(fn, params) - _jacobian(fn, params0), axis=1)
-
-
-def gradient_drift_bound(
-    hessian_bound: ArrayLike, distance: ArrayLike, *, tau: ArrayLike = 1.0
-) -> Float[Array, "..."]:
-    """tau beta ||w - w0||, beta a bound on the Hessian's norm all along the way.
-
-    Numerics: with beta the norm at w0 only this is the estimate (23), no bound; for ReLU networks no beta
-      bounds the drift, since gradients jump at kinks.
-    Source: paper Eq. (25).
-    """
-    return jnp.asarray(tau) * hessian_bound * distance
-
-
-def hessian_norm(
-    fn: Callable[[Params], Array], params: Params, key: PRNGKeyArray, *, n_iterations: int = 30
-) -> Float[Array, ""]:
-    """Spectral norm of the Hessian of a scalar function, by power iteration on Hessian-vector products.
-
-    v <- H v / ||H v|| from a random v; returns the last ||H v||.
-
-    Numerics: ||H v|| never decreases (H is symmetric) and never exceeds the norm: a lower bound. The Hessian
-      of a ReLU network is that of its piece, without the kinks.
-    Source: Golub and Van Loan (2013), Section 8.2.1.
-    """
-    flat, unravel = ravel_pytree(params)
-    gradient = jax.grad(lambda w: fn(unravel(w)))
-
-    def iterate(v: Array, _: None) -> tuple[Array, Array]:
-        product = jax.jvp(gradient, (flat,), (v,))[1]
-        norm = jnp.linalg.norm(product)
-        return jnp.where(norm > 0, product / jnp.where(norm > 0, norm, 1.0), v), norm
-
-    start = jax.random.normal(key, flat.shape, flat.dtype)
-    return jax.lax.scan(iterate, start / jnp.linalg.norm(start), length=n_iterations)[1][-1]
-
-
-def hessian_norms(
-    fn: Callable[[Params], Outputs], params: Params, key: PRNGKeyArray, *, n_iterations: int = 30
-) -> Float[Array, " n_outputs"]:
-    """`hessian_norm` of every number among the outputs of fn, flattened, from the same random start."""
-    flat_fn = lambda w: ravel_pytree(fn(w))[0]  # noqa: E731
-    outputs = jax.eval_shape(flat_fn, params)
-
-    def one(unit: Array) -> Array:
-        return hessian_norm(lambda w: jnp.vdot(unit, flat_fn(w)), params, key, n_iterations=n_iterations)
-
-    return jax.vmap(one)(jnp.eye(outputs.shape[0], dtype=outputs.dtype))
-
-
-def _jacobian(fn: Callable[[Params], Outputs], params: Params) -> Array:
-    flat, unravel = ravel_pytree(params)
-    return jax.jacrev(lambda w: ravel_pytree(fn(unravel(w)))[0])(flat)
-
-
-# --- the bounds of appendix D -------------------------------------------------------------------------
-
-
-class PerceptronConstants(NamedTuple):
-    """What the bounds of appendix D are made of, for a ReLU network and a set of rows.
-
-    Attributes:
-      output_weight: A = max_j |a_kj|, over both outputs, in the parametrization (50): the output layer is
-        a / sqrt(m), so A is sqrt(m) times its largest weight.
-      activation_norm: H, the largest Euclidean norm among the inputs of all hidden layers.
-      n_hidden: L, the number of hidden layers.
-      slope: M_1, the bound on |sigma'|: 1. curvature: M_2, that on |sigma''|: 0 but for the kink.
-    """
-
-    output_weight: Array
-    activation_norm: Array
-    n_hidden: int
-    slope: float = 1.0
-    curvature: float = 0.0
-
-
-def perceptron_constants(
-    params: Params, features: Float[Array, "*rows n_features"], *, module: str = "Perceptron_0"
-) -> PerceptronConstants:
-    """The constants of a network with one `Perceptron` at these parameters on these rows.
-
-    Source: paper App. D.1 and D.4.
-    """
-    *hidden, last = _dense_layers(params, module)
-    largest = jnp.zeros((), features.dtype)
-    for layer in hidden:
-        largest = jnp.maximum(largest, jnp.max(jnp.linalg.norm(features, axis=-1)))
-        features = jax.nn.relu(features @ layer["kernel"] + layer["bias"])
-    kernel = last["kernel"]
-    return PerceptronConstants(
-        jnp.sqrt(kernel.shape[0]) * jnp.max(jnp.abs(kernel)), largest, n_hidden=len(hidden)
-    )
-
-
-def gradient_bound(constants: PerceptronConstants) -> Float[Array, ""]:
-    """A M_1^l (H + 1), at the l in 1..L where it is largest. Source: paper Eq. (66), as printed.
-
-    Not a bound: (53) multiplies activations where the chain rule multiplies by the weights of the later
-    layers, which appear nowhere in it. With f = a s(w_2 s(w_1 x)), everything positive, df/dw_1 = a w_2 x.
-    """
-    a, h, n, m1, _ = constants
-    return a * max(m1**layer for layer in range(1, n + 1)) * (h + 1.0)
-
-
-def hessian_bound(constants: PerceptronConstants) -> Float[Array, ""]:
-    """max(A (M_2 H^2 + M_1)^L, A M_2^L). Source: paper Eq. (93), as printed.
-
-    Not a bound: it takes the Hessian to be block diagonal, one block a weight matrix or a bias vector. The
-    blocks that mix layers are not zero, and for ReLU they are all there is: (93) is A whatever the input,
-    while f = a s(w_2 s(w_1 x)), everything positive, is a w_2 w_1 x with Hessian norm a |x|. Nor is (92)
-    true within one layer: d2f / dw db = a s''(w x + b) x for one hidden unit. And as in (66) the weights of
-    later layers are missing, so smooth activations do not save it.
-    """
-    a, h, n, m1, m2 = constants
-    return jnp.maximum(a * (m2 * jnp.square(h) + m1) ** n, a * m2**n)
-
-
-def output_layer_fixed(
-    fn: Callable[[Params], Outputs], params: Params, *, module: str = "Perceptron_0"
-) -> tuple[Callable[[Params], Outputs], Params]:
-    """fn as a function of the hidden layers alone, and these: what appendix D calls w.
-
-    Source: paper App. D.1, "exclude [a_k] from the training procedure".
-    """
-    layers = params["params"][module]
-    last = f"Dense_{len(layers) - 1}"
-
-    def of_hidden(hidden: Params) -> Outputs:
-        joined = {**params["params"], module: {**hidden, last: layers[last]}}
-        return fn({**params, "params": joined})
-
-    return of_hidden, {name: layer for name, layer in layers.items() if name != last}
-
-
-def _dense_layers(params: Params, module: str) -> list[dict[str, Array]]:
-    layers = params["params"][module]
-    return [layers[f"Dense_{i}"] for i in range(len(layers))]
 
 
 # --- problems and updates -----------------------------------------------------------------------------
@@ -377,13 +160,7 @@ def make_diagnostics(
 
         def problem_at(cut: Literal["raw", "hedge_ratio"]) -> Problem:
             return hedging_problem(
-                hedger,
-                paths,
-                contract,
-                objective,
-                settings,
-                cut=cut,
-                cost_surrogate=update.cost_surrogate,
+                hedger, paths, contract, objective, settings, cut=cut, cost_surrogate=update.cost_surrogate
             )
 
         params, raw, ratio = state.params, problem_at("raw"), problem_at("hedge_ratio")

@@ -15,13 +15,13 @@ from dhlnn_jax.case import make_case
 from dhlnn_jax.checkpoint import save_tree
 from dhlnn_jax.compiling import jit_for_seldom
 from dhlnn_jax.config import Config
+from dhlnn_jax.figures import write_figures
 from dhlnn_jax.fleet import keys_of, on_host
 from dhlnn_jax.hedger import Policy
 from dhlnn_jax.market import MarketPath
 from dhlnn_jax.measured import Row, case_metrics, measured_rows
 from dhlnn_jax.notes import notes_of
 from dhlnn_jax.progress import progress_bar
-from dhlnn_jax.report import write_figures
 from dhlnn_jax.results import (
     Results,
     claim_folder,

@@ -9,7 +9,7 @@ bands.npz         simulated markets: spot, decision, and <method>/{band_lower,ba
 params/<method>/  parameters of the best and of the last epoch (orbax), of the first seed; those of
                   others in seed_<seed>/
 meta.json         device, versions, commit, seconds, notes
-*.png             figures, drawn from the files above by `report`
+*.png             figures, drawn from the files above by `figures`
 """
 
 import json

@@ -10,17 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dhlnn_jax.config import make_config
-from dhlnn_jax.report import (
-    COLUMNS,
-    OBJECTIVE_LABELS,
-    cell,
-    label_of,
-    objective_metric,
-    plt,
-    regret_cells,
-    styles_of,
-    tail_not_estimable,
-)
+from dhlnn_jax.figures import OBJECTIVE_LABELS, plt, styles_of
+from dhlnn_jax.report import COLUMNS, cell, label_of, objective_metric, regret_cells, tail_not_estimable
 from dhlnn_jax.sweep import OPTIONS, SweepResults, label_of_point
 
 Point = dict[str, Any]

@@ -10,7 +10,7 @@ from unittest import mock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from dhlnn_jax import experiment, report
+from dhlnn_jax import experiment, figures
 from dhlnn_jax.config import load_config
 from dhlnn_jax.experiment import run
 from dhlnn_jax.results import machine, read_config, read_results
@@ -21,6 +21,7 @@ METHODS = (
     *("leland", "fixed_band", "periodic_delta", "no_hedge"),
 )  # in the order of configs/smoke.toml
 TRAINED = METHODS[1:5]
+PICTURES = ("bands.png", "pnl_histogram.png", "risk_by_epoch.png", "sample_path.png")
 METRICS = {
     "entropic_risk_measure",
     "expected_shortfall",
@@ -76,7 +77,7 @@ def small_run(base, name, *overrides, **how):
 def smoke_run(base):
     """The one run of configs/smoke.toml as it is, figures included."""
     results = small_run(base, "smoke")
-    report.write_figures(results)
+    figures.write_figures(results)
     return results
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from dhlnn_jax import diagnostics, diagnostics_run, train
 from dhlnn_jax.config import load_config
@@ -16,184 +15,12 @@ from dhlnn_jax.diagnostics_report import print_diagnostics
 from dhlnn_jax.diagnostics_run import diagnose, main
 from dhlnn_jax.hedger import make_band_hedger
 from dhlnn_jax.market import SIMULATORS, make_simulation_sampler
-from dhlnn_jax.model import BandNetwork
 from dhlnn_jax.nested import Problem, nested_update
 from dhlnn_jax.payoff import CLAIMS
 from dhlnn_jax.pnl import Contract
 from dhlnn_jax.settings import make_settings
 
-RNG = np.random.default_rng(4)
 SMOKE = str(Path(__file__).parents[1] / "configs/smoke.toml")
-
-
-def tanh_network(params):
-    """Pytree in, pytree of 5 numbers out, smooth."""
-    hidden = jnp.tanh(jnp.linspace(-1.0, 1.0, 4)[:, None] * params["in"] + params["shift"])
-    return {"fit": hidden @ params["out"], "sum": jnp.sum(params["out"] ** 3)}
-
-
-def tanh_params():
-    return {name: jnp.asarray(RNG.normal(size=3)) for name in ("in", "shift", "out")}
-
-
-# --- linearization error ------------------------------------------------------------------------------
-
-
-def test_linearization_error_of_a_square_by_hand(x64):
-    # f = (w^2, 10 w) at 3 along 2: f - f_lin = (4 h^2, 0), f - f_0 = (12 h + 4 h^2, 20 h)
-    fn = lambda w: {"square": w**2, "line": 10.0 * w}  # noqa: E731
-    h = np.array([0.1, 0.5, 2.0])
-    found = diagnostics.linearization_error(fn, jnp.array(3.0), jnp.array(2.0), h)
-    square, line = 12 * h + 4 * h**2, 20 * h
-    np.testing.assert_allclose(found.error, 4 * h**2 / np.sqrt(2), rtol=1e-12)
-    np.testing.assert_allclose(found.mean_error, 2 * h**2, rtol=1e-12)
-    np.testing.assert_allclose(found.change, np.sqrt((square**2 + line**2) / 2), rtol=1e-12)
-    np.testing.assert_allclose(found.mean_change, (square + line) / 2, rtol=1e-12)
-    np.testing.assert_allclose(found.ratio, found.error / found.change, rtol=1e-12)
-    np.testing.assert_allclose(found.mean_ratio, 4 * h / (32 + 4 * h), rtol=1e-12)
-
-
-def test_linearization_error_of_a_smooth_network_has_slope_2_and_its_ratio_slope_1(x64):
-    h = 2.0 ** -np.arange(6, 12)
-    measure = jax.jit(lambda w, d: diagnostics.linearization_error(tanh_network, w, d, h))
-    found = measure(tanh_params(), tanh_params())
-    for error, ratio in ((found.error, found.ratio), (found.mean_error, found.mean_ratio)):
-        assert diagnostics.log_slope(h, error) == pytest.approx(2.0, abs=0.05)
-        assert diagnostics.log_slope(h, ratio) == pytest.approx(1.0, abs=0.05)
-
-
-def test_linearization_error_over_kinks_has_slope_three_halves_in_root_mean_square(x64):
-    # relu(w - u) for u spread evenly over (0, 1), from w = 0: errors (h - u)^+, whose root mean square is
-    # sqrt(h^3 / 3) and whose mean is h^2 / 2.
-    kinks = (np.arange(20_000) + 0.5) / 20_000
-    h = 2.0 ** -np.arange(1, 7)
-    found = diagnostics.linearization_error(
-        lambda w: jax.nn.relu(w - kinks), jnp.array(0.0), jnp.array(1.0), h
-    )
-    np.testing.assert_allclose(found.error, np.sqrt(h**3 / 3), rtol=1e-3)
-    np.testing.assert_allclose(found.mean_error, h**2 / 2, rtol=1e-3)
-    assert diagnostics.log_slope(h, found.error) == pytest.approx(1.5, abs=0.01)
-
-
-def test_no_step_leaves_no_error_no_ratio_and_no_slope(x64):
-    h = np.array([0.5, 1.0])
-    found = diagnostics.linearization_error(jnp.square, jnp.ones(2), jnp.zeros(2), h)
-    assert found.error.tolist() == [0.0, 0.0] and np.all(np.isnan(found.ratio))
-    assert np.isnan(diagnostics.log_slope(h, found.error))
-
-
-# --- gradients and Hessians ---------------------------------------------------------------------------
-
-
-def test_gradient_norms_and_drift_by_hand(x64):
-    # f = (a b, a^2): gradients (2, 3) and (6, 0) at (3, 2), (2, 4) and (8, 0) at (4, 2)
-    fn = lambda w: (w["a"] * w["b"], w["a"] ** 2)  # noqa: E731
-    at, there = ({"a": jnp.array(a), "b": jnp.array(2.0)} for a in (3.0, 4.0))
-    np.testing.assert_allclose(diagnostics.gradient_norms(fn, at), [np.sqrt(13.0), 6.0])
-    np.testing.assert_allclose(diagnostics.gradient_drift(fn, at, there), [1.0, 2.0])
-    # of a quadratic, (25) with the Hessian's norm (1 for ab, 2 for a^2) is attained
-    bound = diagnostics.gradient_drift_bound(np.array([1.0, 2.0]), 1.0)
-    np.testing.assert_allclose(bound, [1.0, 2.0])
-    np.testing.assert_allclose(diagnostics.gradient_drift_bound(2.0, 3.0, tau=0.5), 3.0)
-
-
-def test_hessian_norm_is_the_largest_eigenvalue_in_absolute_value_from_below(x64, key):
-    basis = np.linalg.qr(RNG.normal(size=(6, 6)))[0]
-    matrix = basis @ np.diag([-5.0, 4.0, 3.0, 0.5, 0.0, 0.0]) @ basis.T
-    fn = lambda w: 0.5 * jnp.vdot(w["x"], matrix @ w["x"]) + jnp.sum(w["x"])  # noqa: E731
-
-    def norm(n_iterations):
-        return diagnostics.hessian_norm(fn, {"x": jnp.ones(6)}, key, n_iterations=n_iterations)
-
-    found = np.array(jax.jit(lambda: [norm(n) for n in (1, 3, 10, 100)])())
-    assert np.all(np.diff(found) >= 0) and np.all(found <= 5.0 + 1e-12)
-    assert found[-1] == pytest.approx(5.0, abs=1e-9) and found[0] < 4.9
-
-
-def test_hessian_norms_against_the_whole_hessian(x64, key):
-    params = tanh_params()
-    flat, unravel = ravel_pytree(params)
-    found = jax.jit(lambda w: diagnostics.hessian_norms(tanh_network, w, key, n_iterations=300))(params)
-    whole = jax.jit(jax.hessian(lambda w: ravel_pytree(tanh_network(unravel(w)))[0]))(flat)
-    np.testing.assert_allclose(found, np.linalg.norm(whole, 2, axis=(1, 2)), rtol=1e-3)
-
-
-def test_hessian_norm_of_an_affine_function_is_zero(x64, key):
-    assert float(diagnostics.hessian_norm(lambda w: 3.0 * jnp.sum(w), jnp.ones(4), key)) == 0.0
-
-
-# --- the bounds of appendix D -------------------------------------------------------------------------
-
-
-def one_unit_layers(a, w1, w2):
-    """a (w2 (w1 x + b1)^+ + b2)^+, twice, with b1 = b2 = 0."""
-    layer = lambda k, n: {"kernel": jnp.full((1, n), k), "bias": jnp.zeros(n)}  # noqa: E731
-    return {
-        "params": {"Perceptron_0": {"Dense_0": layer(w1, 1), "Dense_1": layer(w2, 1), "Dense_2": layer(a, 2)}}
-    }
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def measured_and_printed(params, x, key, hidden_sizes=(1, 1)):
-    """Gradient and Hessian norms of the hidden layers beside (66) and (93), on the rows x."""
-    outputs = lambda w: BandNetwork(hidden_sizes).apply(w, x)  # noqa: E731
-    fn, hidden = diagnostics.output_layer_fixed(outputs, params)
-    constants = diagnostics.perceptron_constants(params, x)
-    return (
-        diagnostics.gradient_norms(fn, hidden),
-        diagnostics.hessian_norms(fn, hidden, key),
-        constants,
-        diagnostics.gradient_bound(constants),
-        diagnostics.hessian_bound(constants),
-    )
-
-
-def test_93_is_no_bound_by_hand(x64, key):
-    # f = a w2 (w1 x + b1) + a b2 where positive: the second derivatives are a x for (w1, w2) and a for
-    # (b1, w2), all others 0, so the norm is a sqrt(x^2 + 1) = 0.5 sqrt(10) > 0.5 = A.
-    params, x = one_unit_layers(0.5, 1.0, 1.0), jnp.array([[3.0]])
-    gradients, hessians, constants, _, printed = measured_and_printed(params, x, key)
-    assert printed == 0.5 and constants.n_hidden == 2
-    np.testing.assert_allclose(hessians, 0.5 * np.sqrt(10.0), rtol=1e-6)
-    # df/dw1 = a w2 x, df/db1 = a w2, df/dw2 = a w1 x, df/db2 = a
-    np.testing.assert_allclose(gradients, 0.5 * np.sqrt(9 + 1 + 9 + 1), rtol=1e-12)
-
-
-def test_66_is_no_bound_by_hand(x64, key):
-    # with w2 = 10 and w1 = 0.1: df/dw1 = 0.5 10 3 = 15, while A (H + 1) = 0.5 (3 + 1) = 2
-    params, x = one_unit_layers(0.5, 0.1, 10.0), jnp.array([[3.0]])
-    gradients, _, constants, printed, _ = measured_and_printed(params, x, key)
-    assert float(constants.activation_norm) == 3.0 and printed == 2.0
-    np.testing.assert_allclose(gradients, 0.5 * np.sqrt(30**2 + 10**2 + 0.3**2 + 1), rtol=1e-12)
-
-
-def test_93_fails_for_the_band_network_as_it_is_initialized(x64, key):
-    network, x = BandNetwork((8, 8)), jnp.asarray(4.0 * RNG.normal(size=(6, 3)))
-    params = jax.tree.map(lambda w: w.astype(float), jax.jit(network.init)(key, x))
-    _, hessians, _, _, printed = measured_and_printed(params, x, key, (8, 8))
-    assert np.max(hessians) > 1.2 * printed
-
-
-def test_92_fails_within_one_layer(x64):
-    # f = tanh(w x + b): d2f / dw db = tanh''(w x + b) x
-    second = jax.jit(jax.hessian(lambda wb: jnp.tanh(wb[0] * 2.0 + wb[1])))(jnp.array([0.3, 0.1]))
-    t = np.tanh(0.7)
-    assert float(second[0, 1]) == pytest.approx(-2 * t * (1 - t**2) * 2.0) and abs(second[0, 1]) > 1.0
-
-
-def test_perceptron_constants_by_hand(strict_x64):
-    # rows (3, 4) and (0, 1); the first layer gives (7, 0) and (1, 0), so H = 7; A = sqrt(2) 0.3
-    with jax.numpy_rank_promotion("allow"):
-        kernels = ([[1.0, -1.0], [1.0, -1.0]], [[1.0, 0.0], [0.0, 1.0]], [[0.1, -0.3], [0.2, 0.0]])
-        layers = {f"Dense_{i}": {"kernel": jnp.array(k), "bias": jnp.zeros(2)} for i, k in enumerate(kernels)}
-        params = {"params": {"Perceptron_0": layers}}
-        found = diagnostics.perceptron_constants(params, jnp.array([[3.0, 4.0], [0.0, 1.0]]))
-        assert float(found.output_weight) == pytest.approx(0.3 * np.sqrt(2)) and found.n_hidden == 2
-        assert float(found.activation_norm) == 7.0
-        # the printed expressions in full, with a curvature
-        curved = found._replace(output_weight=jnp.array(2.0), slope=3.0, curvature=0.5)
-        assert float(diagnostics.gradient_bound(curved)) == 2.0 * 9.0 * 8.0
-        assert float(diagnostics.hessian_bound(curved)) == 2.0 * (0.5 * 49.0 + 3.0) ** 2
 
 
 # --- problems and updates -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from runs import CONFIGS, METRICS, small_run, smoke_run
 from test_experiment import counted_epochs, without_seconds
 
-from dhlnn_jax import report
+from dhlnn_jax import figures, report
 from dhlnn_jax.case import make_case
 from dhlnn_jax.checkpoint import load_tree
 from dhlnn_jax.errors import UsageError
@@ -123,10 +123,10 @@ def test_table_and_figure_tell_the_seeds_apart(two, capsys):
     assert "trained methods: mean over 2 seeds ± 1 standard error" in out
     for own in two.metrics["methods"]["dhntb"]["by_seed"]:
         assert f"{own['regret']['percent']:.2f} (seed {own['seed']})" in out
-    figure = report.risk_by_epoch(two)
+    figure = figures.risk_by_epoch(two)
     assert sum(line.get_linewidth() == 0.8 for line in figure.axes[0].lines) == 2
     assert "every seed" in figure.axes[0].get_title()
-    report.plt.close(figure)
+    figures.plt.close(figure)
 
 
 def test_seed_of_a_run_can_be_loaded(two):

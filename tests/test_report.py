@@ -1,19 +1,16 @@
-"""Tables and figures from a results folder alone."""
+"""Tables, and the command that redraws everything, from a results folder alone."""
 
 import shutil
 import struct
 
-import numpy as np
 import pytest
-from runs import METHODS, smoke_run
+from runs import METHODS, PICTURES, smoke_run
 from test_experiment import history_run
 
 from dhlnn_jax import report
 from dhlnn_jax.command_line import main
 from dhlnn_jax.methods import METHODS as REGISTRY
 from dhlnn_jax.results import read_results
-
-PICTURES = ("bands.png", "pnl_histogram.png", "risk_by_epoch.png", "sample_path.png")
 
 
 @pytest.fixture(scope="session")
@@ -55,12 +52,6 @@ def test_report_redraws_everything_from_a_copied_folder_alone(moved, capsys):
         assert 800 < width < 4000 and 500 < height < 3000
         assert (moved / name).stat().st_size > 20_000
     assert sorted(path.name for path in moved.parent.parent.iterdir()) == ["far"]
-
-
-def test_figures_are_the_same_every_time(moved, base):
-    report.write_figures(read_results(moved))
-    for name in PICTURES:
-        assert (moved / name).read_bytes() == (smoke_run(base).folder / name).read_bytes()
 
 
 def test_table_shows_the_numbers_of_metrics_json(moved, capsys):
@@ -129,28 +120,3 @@ def test_tail_carried_by_few_paths_is_not_shown_as_a_number(base, capsys):
 )
 def test_threshold_of_the_effective_sample_size(estimator, ess, hidden):
     assert report.tail_not_estimable({"estimator": estimator, "effective_sample_size": ess}) == hidden
-
-
-def test_histogram_has_shared_bins_and_mass_one(base):
-    import matplotlib.pyplot as plt
-
-    figure = report.pnl_histogram(smoke_run(base))
-    for axis in figure.axes:
-        steps = [patch.get_data() for patch in axis.patches]
-        assert len(steps) == len(METHODS)
-        for step in steps:
-            np.testing.assert_array_equal(step.edges, steps[0].edges)
-            assert np.sum(step.values * np.diff(step.edges)) == pytest.approx(1.0)
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
-        REGISTRY[name].label for name in METHODS
-    ]
-    plt.close(figure)
-
-
-def test_run_without_training_has_no_curve(base):
-    results = smoke_run(base)
-    rows = {name: results.metrics["methods"][name] for name in ("bsdh", "no_hedge")}
-    metrics = {**results.metrics, "methods": rows}
-    from dataclasses import replace
-
-    assert report.risk_by_epoch(replace(results, metrics=metrics)) is None
