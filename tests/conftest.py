@@ -2,20 +2,29 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 import tempfile
 
 # What the package keeps for its user is not kept by tests; set before anything reads it.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dhlnn_jax_cache_")
+
+# Compiling is most of the time that these tests take, and XLA's fusion emitters, which only speed needs, are
+# half of that. An XLA that does not know a flag ends the process, so another one is asked first.
+_FLAGS = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+_ASK = [sys.executable, "-c", "import jax; jax.devices('cpu')"]
+if subprocess.run(_ASK, env={**os.environ, "XLA_FLAGS": _FLAGS}, capture_output=True).returncode == 0:
+    os.environ["XLA_FLAGS"] = _FLAGS
 
 if importlib.util.find_spec("beartype"):  # the GPU machine has no beartype: it runs the tests unchecked
     from jaxtyping import install_import_hook
 
     install_import_hook("dhlnn_jax", "beartype.beartype")
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
-# Compiling is most of the time that these tests take, and most of what they compile runs once.
+# Most of what they compile runs once.
 jax.config.update("jax_disable_most_optimizations", True)
 
 
