@@ -1,7 +1,7 @@
 """The recursion behind the exact optimum, whatever its state, and what its solvers share: grids, checks.
 
-`optimal` (claims on the last spot) and `optimal_lookback` (the running maximum) say what the expectations
-are. Everything is host-level numpy in float64.
+`optimal_terminal` (claims on the last spot) and `optimal_lookback` (the running maximum) say what the
+expectations are. Everything is host-level numpy in float64.
 
 Source: Hodges and Neuberger (1989); Davis, Panas and Zariphopoulou (1993), in discrete time and log space.
 """

@@ -36,7 +36,7 @@ from dhlnn_jax.errors import UsageError
 from dhlnn_jax.market import MarketPath
 from dhlnn_jax.settings import Settings
 
-_SPOTS = 12  # log drawdowns per standard deviation of one step: the kink at P' = m needs more than `optimal`
+_SPOTS = 12  # log drawdowns per deviation of one step: the kink at P' = m needs more than `optimal_terminal`
 _MAXIMA = 18  # values of m, denser where the path starts
 # Weights of the trapezoidal rule at an end of an interval, in error O(h^6) (Gregory).
 _END_WEIGHTS = np.array([95 / 288, 317 / 240, 23 / 30, 793 / 720, 157 / 160])

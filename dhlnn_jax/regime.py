@@ -27,7 +27,8 @@ from scipy.interpolate import CubicSpline
 from dhlnn_jax.bellman import CUT, linear_tail, log_expectation, log_grid, normal_step
 from dhlnn_jax.hedge import european_call_delta, whalley_wilmott_band
 from dhlnn_jax.market import MarketPath
-from dhlnn_jax.optimal import SPOTS, solve_european
+from dhlnn_jax.optimal import solve_european
+from dhlnn_jax.optimal_terminal import SPOTS
 from dhlnn_jax.payoff import CLAIMS
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.settings import Settings, make_settings

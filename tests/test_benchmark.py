@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dhlnn_jax import benchmark, clamp_time, race, timing, workload
+from dhlnn_jax import benchmark, clamp_time, race, step_time, timing, workload
 from dhlnn_jax.errors import UsageError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -28,8 +28,8 @@ def small_network(monkeypatch):
         return workload.make_config(values)
 
     full = workload.step_config
-    monkeypatch.setattr(benchmark, "step_config", small)
-    monkeypatch.setattr(benchmark, "make_product_rate", lambda: timing.make_product_rate(5))
+    monkeypatch.setattr(step_time, "step_config", small)
+    monkeypatch.setattr(step_time, "make_product_rate", lambda: timing.make_product_rate(5))
     monkeypatch.setattr(benchmark.runtime, "prepare", lambda **_: None)
     before = jax.config.jax_enable_compilation_cache
     yield
@@ -190,7 +190,7 @@ def test_dense_operations_of_the_paper():
 
 
 def test_live_rows_of_a_network_that_never_trades_is_zero():
-    work = workload.make_workload(benchmark.step_config(8), chunk=0)
+    work = workload.make_workload(step_time.step_config(8), chunk=0)
     params = work.hedger.init(jax.random.key(0))
     never = jax.tree.map(jnp.zeros_like, params)
     last = sorted(never["params"]["Perceptron_0"])[-1]
@@ -200,7 +200,7 @@ def test_live_rows_of_a_network_that_never_trades_is_zero():
 
 
 def test_flax_params_are_those_of_the_hedger():
-    params = workload.make_workload(benchmark.step_config(8)).hedger.init(jax.random.key(0))
+    params = workload.make_workload(step_time.step_config(8)).hedger.init(jax.random.key(0))
     layers = params["params"]["Perceptron_0"]
     names = [f"Dense_{i}" for i in range(len(layers))]
     arrays = {f"{k}_{i}": np.asarray(layers[n][k]) for i, n in enumerate(names) for k in ("kernel", "bias")}

@@ -3,20 +3,11 @@
 import tomllib
 from pathlib import Path
 
-import optax
 import pytest
 import tomli_w
 
 from dhlnn_jax.command_line import main
-from dhlnn_jax.config import (
-    OPTIMIZERS,
-    Config,
-    load_config,
-    make_config,
-    one_of,
-    option_names,
-    parse_overrides,
-)
+from dhlnn_jax.config import Config, load_config, make_config, option_names, parse_overrides
 from dhlnn_jax.errors import UsageError
 
 SMALL = """
@@ -71,23 +62,6 @@ def test_maturity_is_the_number_of_steps_times_their_length(market, years):
     assert make_config({"market": market}).maturity == pytest.approx(years, rel=1e-12)
     given = make_config({"market": market, "contract": {"maturity": 0.7}})
     assert given.maturity == 0.7
-
-
-def test_preset_as_printed_sets_every_choice_of_the_paper_unless_one_is_given():
-    printed = make_config({"nested": {"preset": "as_printed"}}).nested
-    assert printed.risk_weights == "frozen"
-    assert printed.cost_surrogate == "squared_difference"
-    assert printed.inner_update == "frozen_preconditioner"
-    assert printed.linearization == "network"
-    mixed = make_config({"nested": {"preset": "as_printed", "risk_weights": "refreshed"}}).nested
-    assert (mixed.risk_weights, mixed.cost_surrogate) == ("refreshed", "squared_difference")
-    ours = make_config({}).nested
-    assert (ours.risk_weights, ours.cost_surrogate) == ("refreshed", "absolute")
-
-
-def test_every_optimizer_that_is_allowed_exists():
-    for name in OPTIMIZERS:
-        assert isinstance(getattr(optax, name)(1e-3), optax.GradientTransformation)
 
 
 def test_every_option_says_what_it_is():
@@ -152,14 +126,6 @@ def test_overrides_of_a_table_are_pairs():
     pairs = parse_overrides(["--market.parameters", "kappa=1.5", "xi=-2", "--seed", "1"])
     assert pairs == {"market.parameters": {"kappa": "1.5", "xi": "-2"}, "seed": "1"}
     assert parse_overrides(["--market.parameters=kappa=1.5"]) == {"market.parameters": {"kappa": "1.5"}}
-
-
-def test_one_of_names_the_nearest():
-    assert one_of("claim", "put", ("call", "put")) == "put"
-    with pytest.raises(ValueError, match=r"unknown claim 'cal'; did you mean 'call'\? allowed: call, put"):
-        one_of("claim", "cal", ("call", "put"))
-    with pytest.raises(ValueError, match="unknown claim 'zzz'; allowed: call, put"):
-        one_of("claim", "zzz", ("call", "put"))
 
 
 # --- mistakes -----------------------------------------------------------------------------------------

@@ -1,0 +1,226 @@
+"""Seconds and bytes of the training step: one, of many hedgers, on several devices, by size, to compile.
+
+PyTorch peers are timed beside one step. Compilation is never part of a step's time.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dhlnn_jax.errors import UsageError
+from dhlnn_jax.settings import Settings
+from dhlnn_jax.timing import (
+    PEERS,
+    LineProcess,
+    compile_clock,
+    cores,
+    interleaved,
+    make_product_rate,
+    peers_process,
+    ratio,
+    spread,
+)
+from dhlnn_jax.timing_report import print_rows
+from dhlnn_jax.workload import (
+    Answer,
+    compiled,
+    dense_operations,
+    live_rows,
+    make_workload,
+    own_process,
+    peers_problem,
+    step_config,
+)
+
+
+def step(options: argparse.Namespace) -> Answer:
+    """Seconds of one training step, at initial and at trained parameters."""
+    config = step_config(options.n_paths)
+    work = make_workload(config, chunk=options.chunk, n_devices=options.devices)
+    with compile_clock() as clock:
+        program = compiled(work)
+    first = work.init(0)
+    trained, _ = program.train(first, jax.random.key(1), options.trained)
+    shares = {"initial": live_rows(work, first.params), "trained": live_rows(work, trained.params)}
+    rate, n, key = make_product_rate(), options.steps, jax.random.key(2)
+    with peers_process(options.peers, options.peers_python) as process:
+        runs: dict[str, Callable[[], float]] = {
+            "initial": lambda: program.train(first, key, n)[1] / n,
+            "trained": lambda: program.train(trained, key, n)[1] / n,
+        }
+        if process is not None:
+            problem = peers_problem(config, as_ours=False)
+            for name in PEERS:
+                process.ask(do="start", peer=name, problem=problem)
+                runs[name] = partial(_peer_seconds, process, name, n)
+        samples = interleaved({**runs, "products": rate}, options.repeats)
+        versions = None if process is None else process.ask(do="versions")
+    products = samples.pop("products")
+    operations = dense_operations(config) / 1e9
+    rows = {
+        name: {
+            **spread(seconds, "s"),
+            "dense_gflops_per_s": spread([operations / s for s in seconds], "GFLOP/s")["median"],
+            "share_of_product_rate": ratio([operations / s for s in seconds], products),
+            "ratio_to_ours": ratio(seconds, samples["initial"]),
+        }
+        for name, seconds in samples.items()
+    }
+    for name, share in shares.items():
+        rows[name]["live_rows"] = share
+    print_rows(
+        {
+            "ours, initial parameters": rows["initial"],
+            f"ours, after {options.trained} epochs": rows["trained"],
+            **{name: rows[name] for name in PEERS if name in rows},
+        }
+    )
+    print(
+        f"dense network: {operations:.2f} GFLOP a step; products of 64 x 64 with 64 x 500 on all cores: "
+        f"{spread(products, 'GFLOP/s')['median']:.0f} GFLOP/s at that time"
+    )
+    print(f"compiling the step took {clock.seconds:.1f} s")
+    ours = {
+        **rows["initial"],
+        "trained": {"epochs": options.trained, **rows["trained"]},
+        "compile_seconds": clock.seconds,
+        "product_rate": spread(products, "GFLOP/s"),
+        "dense_gflop": operations,
+    }
+    return {"ours": ours, **{name: {**rows[name], "versions": versions} for name in PEERS if name in rows}}
+
+
+def _peer_seconds(process: LineProcess, name: str, n_steps: int) -> float:
+    return process.ask(do="train", peer=name, epochs=n_steps)["seconds"] / n_steps
+
+
+def sweep(options: argparse.Namespace) -> Answer:
+    """Seconds an epoch of several hedgers (seeds and cost rates), in one program and one after another."""
+    work = make_workload(step_config(options.n_paths), chunk=options.chunk, n_devices=1)
+    n_members, n = options.members, options.steps
+    costs = jnp.linspace(1e-3, 5e-3, n_members)
+    states = [work.init(seed) for seed in range(n_members)]
+    keys = jax.random.split(jax.random.key(1), (n, n_members))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    only_cost: Any = Settings(**{**dict.fromkeys(Settings._fields), "cost_rate": 0})  # type: ignore[arg-type]
+    together = jax.vmap(work.step, in_axes=(0, 0, only_cost))
+    many, first_keys, first_key = work.settings._replace(cost_rate=costs), keys[0], keys[0, 0]
+    with compile_clock() as clock_together:
+        all_at_once = jax.jit(together).lower(stacked, first_keys, many).compile()
+    with compile_clock() as clock_alone:
+        alone = jax.jit(work.step).lower(states[0], first_key, work.settings).compile()
+
+    def run_together() -> float:
+        state, began = stacked, time.perf_counter()
+        for i in range(n):
+            state, _ = all_at_once(state, keys[i], many)
+        jax.block_until_ready(state)
+        return (time.perf_counter() - began) / n
+
+    def run_alone() -> float:
+        began = time.perf_counter()
+        for member, state in enumerate(states):
+            settings = work.settings._replace(cost_rate=costs[member])
+            for i in range(n):
+                state, _ = alone(state, keys[i, member], settings)
+            jax.block_until_ready(state)
+        return (time.perf_counter() - began) / n
+
+    samples = interleaved({"together": run_together, "alone": run_alone}, options.repeats)
+    rows = {
+        name: {
+            **spread(samples[name], "s"),
+            "compile_seconds": clock.seconds,
+            "programs_compiled": clock.programs,
+            "ratio_to_ours": ratio(samples[name], samples["together"]),
+        }
+        for name, clock in (("together", clock_together), ("alone", clock_alone))
+    }
+    print_rows(
+        {f"{n_members} in one program": rows["together"], f"{n_members} one after another": rows["alone"]}
+    )
+    print("one after another shares a compiled step too: settings are arguments of it, not constants in it")
+    return {"ours": {**rows["together"], "members": n_members, "one_after_another": rows["alone"]}}
+
+
+def scaling(options: argparse.Namespace) -> Answer:
+    """Seconds of one step on several host devices: the same paths for all, and as many paths for each."""
+    for count in options.counts:
+        if count < 1 or options.n_paths % count:
+            raise UsageError(f"--counts: {options.n_paths} paths cannot be shared evenly by {count} devices")
+    answers: dict[str, dict[int, dict[str, Any]]] = {}
+    for kind in ("strong", "weak"):
+        processes = {count: own_process(count) for count in options.counts}
+        try:
+            for count, process in processes.items():
+                n_paths = options.n_paths * (count if kind == "weak" else 1)
+                config = step_config(n_paths).model_dump(mode="json")
+                process.ask(do="compile", config=config, chunk=options.chunk, n_devices=count)
+            runs = {
+                str(count): partial(_step_seconds, process, options.steps)
+                for count, process in processes.items()
+            }
+            samples = interleaved(runs, options.repeats)
+        finally:
+            for process in processes.values():
+                process.close()
+        fewest = str(options.counts[0])
+        answers[kind] = {
+            int(count): {**spread(seconds, "s"), "ratio_to_fewest": ratio(seconds, samples[fewest])}
+            for count, seconds in samples.items()
+        }
+    print_rows(
+        {f"{kind}, devices: {count}": row for kind, rows in answers.items() for count, row in rows.items()}
+    )
+    print(
+        f"{cores()} cores: host devices beyond them can gain nothing; weak: {options.n_paths} paths a device"
+    )
+    return {"ours": {**answers["strong"][options.counts[-1]], **answers}}
+
+
+def _step_seconds(process: LineProcess, n_steps: int) -> float:
+    return process.ask(do="train", n_steps=n_steps)["seconds"] / n_steps
+
+
+def memory(options: argparse.Namespace) -> Answer:
+    """Bytes of one step by number of paths: what XLA plans, and what the process then takes."""
+    rows = {}
+    for n_paths in options.sizes:
+        with own_process(options.devices) as process:
+            config = step_config(n_paths).model_dump(mode="json")
+            process.ask(do="compile", config=config, chunk=options.chunk, n_devices=options.devices)
+            plan = process.ask(do="memory")
+        planned = plan["temporaries"] + plan["outputs"]
+        rows[n_paths] = {**spread([planned / 2**20], "MiB"), **{k: v / 2**20 for k, v in plan.items()}}
+    print_rows({f"{n_paths} paths": row for n_paths, row in rows.items()})
+    print("MiB: XLA's temporaries and outputs of one step; resident: peak of the process after two steps")
+    return {"ours": {**rows[options.sizes[-1]], "by_n_paths": rows}}
+
+
+def compile_time(options: argparse.Namespace) -> Answer:
+    """Seconds to compile in a fresh process: persistent cache empty (cold) and filled (warm)."""
+    what = {
+        "step": {"do": "compile", "config": step_config(options.n_paths).model_dump(mode="json")}
+        | {"chunk": options.chunk, "n_devices": options.devices},
+        "quickstart": {"do": "quickstart", "file": str(options.config)},
+    }
+    times: dict[str, list[float]] = {}
+    programs: dict[str, int] = {}
+    for _ in range(options.repeats):
+        for name, request in what.items():
+            with tempfile.TemporaryDirectory() as cache:
+                for state in ("cold", "warm"):
+                    with own_process(options.devices, cache) as process:
+                        answer = process.ask(**request)
+                    times.setdefault(f"{name}, {state}", []).append(answer["seconds"])
+                    programs[f"{name}, {state}"] = answer["programs"]
+    rows = {name: {**spread(t, "s"), "programs_compiled": programs[name]} for name, t in times.items()}
+    print_rows(rows)
+    print("warm programs are fetched from the persistent cache, and counted all the same")
+    return {"ours": {**rows["quickstart, cold"], "by_program": rows}}
