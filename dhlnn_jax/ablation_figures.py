@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from dhlnn_jax.ablation_study import DIVERGED, Point, last_within
@@ -103,7 +104,7 @@ def _scale(axis: Axes, results: Results, lowest: float) -> None:
     """Logarithmic values where they can be; `lowest` is the lowest one that is drawn."""
     if results["optimum"] is not None and lowest > 0:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        _name_ticks(axis.yaxis)
     elif results["unit"] == "percent":
         axis.set_yscale("symlog", linthresh=1.0)
         axis.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -112,11 +113,16 @@ def _scale(axis: Axes, results: Results, lowest: float) -> None:
 
 def _log_x(axis: Axes, label: str) -> None:
     axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    low, high = axis.get_xlim()
-    few = high < 20 * low  # less than two decades: name 2, 5, ... as well
-    axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if few and f"{x:e}"[0] in "25" else "")
+    _name_ticks(axis.xaxis)
     axis.set_xlabel(label)
+
+
+def _name_ticks(scale: Axis) -> None:
+    """Plain numbers on a logarithmic scale."""
+    low, high = scale.get_view_interval()
+    few = high < 50 * low  # less than two decades: name 2, 5, ... as well
+    scale.set_major_formatter(lambda x, _: f"{x:g}")
+    scale.set_minor_formatter(lambda x, _: f"{x:g}" if few and f"{x:e}"[0] in "25" else "")
 
 
 def _said(results: Results, variant: dict[str, Any], label: str) -> str:
