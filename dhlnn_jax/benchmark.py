@@ -12,13 +12,11 @@ import jax
 
 from dhlnn_jax import runtime
 from dhlnn_jax.clamp_time import clamp
-from dhlnn_jax.race import print_race, time_to_regret
+from dhlnn_jax.race import time_to_regret
 from dhlnn_jax.script import Parser, exit_code, show_help
 from dhlnn_jax.step_time import compile_time, memory, scaling, step, sweep
 from dhlnn_jax.timing import add_answer, check_target, machine_report
-from dhlnn_jax.timing_report import print_rows
 from dhlnn_jax.tuned import GRIDS, tuned
-from dhlnn_jax.tuned_report import print_tuned
 from dhlnn_jax.workload import Answer
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
@@ -31,38 +29,16 @@ def _positive(text: str) -> int:
     return number
 
 
-def _race(options: argparse.Namespace) -> Answer:
-    """Seconds of training until the regret is small; evaluation is off the clock."""
-    answer = time_to_regret(options)
-    print_rows(answer)
-    print_race(answer)
-    return answer
-
-
-def _clamp(options: argparse.Namespace) -> Answer:
-    """Seconds of the band's recursion and of its gradient, scan and parallel, by horizon."""
-    answer = clamp(options)
-    print_rows(answer["ours"]["by_horizon"])
-    return answer
-
-
-def _tuned(options: argparse.Namespace) -> Answer:
-    """Seconds to a small regret, each method at the best of its grid; evaluation is off the clock."""
-    answer = tuned(options)
-    print_tuned(answer)
-    return answer
-
-
 def _rows(text: str) -> int:
     return 0 if text == "0" else _positive(text)
 
 
 QUESTIONS: dict[str, Callable[[argparse.Namespace], Answer]] = {
     "step": step,
-    "time-to-regret": _race,
-    "tuned": _tuned,
+    "time-to-regret": time_to_regret,
+    "tuned": tuned,
     "sweep": sweep,
-    "clamp": _clamp,
+    "clamp": clamp,
     "scaling": scaling,
     "memory": memory,
     "compile": compile_time,

@@ -13,6 +13,7 @@ import numpy as np
 from dhlnn_jax.hedge import CLAMPS
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.timing import compile_clock, interleaved, ratio, spread
+from dhlnn_jax.timing_report import print_rows
 from dhlnn_jax.workload import Answer
 
 DECISIONS = 1_000_000  # of every horizon: paths x steps
@@ -40,6 +41,7 @@ def clamp(options: argparse.Namespace) -> Answer:
             "ratio_to_scan": ratio(seconds, scan),
             "compile_seconds": compile_seconds[name],
         }
+    print_rows(rows)
     return {"ours": {**next(iter(rows.values())), "by_horizon": rows}}
 
 

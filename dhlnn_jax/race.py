@@ -16,8 +16,10 @@ from dhlnn_jax.config import Config, load_config
 from dhlnn_jax.fitting import build_hedger
 from dhlnn_jax.hedger import make_band_hedger
 from dhlnn_jax.judge import Judge
+from dhlnn_jax.processes import PEERS, LineProcess, peers_process
 from dhlnn_jax.progress import progress_bar
-from dhlnn_jax.timing import PEERS, LineProcess, peers_process, spread
+from dhlnn_jax.timing import spread
+from dhlnn_jax.timing_report import print_rows
 from dhlnn_jax.workload import METHOD, Answer, Params, compiled, make_workload, peers_problem
 
 
@@ -90,10 +92,12 @@ def time_to_regret(options: argparse.Namespace) -> Answer:
         row["pnl_difference"] = differences[name]
         if row["median"] and answer["ours"]["median"]:
             row["ratio_to_ours"] = row["median"] / answer["ours"]["median"]
+    print_rows(answer)
+    _print_race(answer)
     return answer
 
 
-def print_race(answer: Answer) -> None:
+def _print_race(answer: Answer) -> None:
     """What the table of medians does not say, a line each, on stdout."""
     for name, row in answer.items():
         epochs, seconds, percent, error = row["curves"]["runs"][0][-1]

@@ -14,15 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.processes import PEERS, LineProcess, peers_process
 from dhlnn_jax.settings import Settings
 from dhlnn_jax.timing import (
-    PEERS,
-    LineProcess,
     compile_clock,
     cores,
     interleaved,
     make_product_rate,
-    peers_process,
     ratio,
     spread,
 )

@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
-from dhlnn_jax.hedger import Anchor, Hedger, batched_inputs
+from dhlnn_jax.hedger import Hedger, batched_inputs
 from dhlnn_jax.linearize import Linearization, linearize_at
 from dhlnn_jax.market import Sampler
 from dhlnn_jax.nested import Problem, Update
 from dhlnn_jax.pnl import COST_MODELS, Contract, contract_pnl, turnover
 from dhlnn_jax.risk import entropic_risk_measure, expected_shortfall, quadratic_risk
-from dhlnn_jax.rows import in_chunks, linearize_rows, sum_over_live_rows
+from dhlnn_jax.row_network import RowNetwork, shared_by_paths
 from dhlnn_jax.settings import Settings
 
 Params = Any
@@ -106,7 +106,7 @@ def make_train_step(
     def step(state: TrainState, key: PRNGKeyArray, settings: Settings) -> tuple[TrainState, TrainInfo]:
         paths = shared_by_paths(sample(key, n_paths, settings)[0], mesh)
         features, anchor = shared_by_paths(batched_inputs(hedger, paths, settings), mesh)
-        network = _RowNetwork(hedger, features, anchor, chunk_size, mesh)
+        network = RowNetwork(hedger, features, anchor, chunk_size, mesh)
         raw_outputs = network.outputs
 
         def positions(raw: Array) -> Array:
@@ -150,82 +150,6 @@ def make_train_step(
         return TrainState(params, update_state, state.epoch + 1), diagnostics
 
     return step
-
-
-class _RowNetwork(NamedTuple):
-    """A hedger's outputs on a batch: a row is a decision, or a whole path if the hedger has a memory."""
-
-    hedger: Hedger
-    features: Array
-    anchor: Anchor
-    chunk_size: int | None
-    mesh: Mesh | None
-
-    @property
-    def _rows(self) -> tuple[Array, Anchor]:
-        rows = (self.features, self.anchor)
-        return jax.tree.map(_merge, rows) if self.hedger.memoryless else rows
-
-    def _apply(self, params: Params, features: Array, anchor: Anchor) -> Array:
-        if self.hedger.memoryless:
-            return self.hedger.outputs(params, features, anchor)
-        return jax.vmap(self.hedger.outputs, (None, 0, 0))(params, features, anchor)
-
-    def _by_path(self, outputs: Array) -> Array:
-        if self.hedger.memoryless:
-            outputs = outputs.reshape(*self.features.shape[:2], *outputs.shape[1:])
-        return shared_by_paths(outputs, self.mesh)
-
-    @property
-    def _chunk_mesh(self) -> Mesh | None:
-        """Chunks are shared out by hand; without them the compiler shares the work along the paths."""
-        return None if self.chunk_size is None else self.mesh
-
-    def outputs(self, params: Params) -> Array:
-        """[n_paths, n_steps, ...]."""
-        apply = in_chunks(self._apply, chunk_size=self.chunk_size, mesh=self._chunk_mesh)
-        return self._by_path(apply(params, *self._rows))
-
-    def linearize(self, params: Params) -> Linearization:
-        rows = linearize_rows(
-            self._apply, params, *self._rows, chunk_size=self.chunk_size, mesh=self._chunk_mesh
-        )
-        flat = _merge if self.hedger.memoryless else lambda cotangent: cotangent
-        return Linearization(
-            self._by_path(rows.value),
-            lambda tangent: self._by_path(rows.jvp(tangent)),
-            lambda cotangent: rows.vjp(flat(cotangent)),
-        )
-
-    def inputs(self, params: Params) -> Array:
-        """Inputs of the output layer, [n_paths, n_steps, n_inputs]."""
-        layer = self.hedger.output_layer
-        assert layer is not None and self.hedger.memoryless
-        apply = in_chunks(layer.inputs, chunk_size=self.chunk_size, mesh=self._chunk_mesh)
-        return self._by_path(apply(params, *self._rows))
-
-    def row_moments(self, x: Array, linear: Array, quadratic: Array) -> tuple[Array, Array]:
-        """See `nested.Problem`; a row without a linear part has no quadratic one."""
-
-        def moments(x: Array, both: Array) -> tuple[Array, Array]:
-            a, b = both.T
-            return a @ x, jax.vmap(lambda b: (b[:, None] * x).T @ x)(b)
-
-        both = jnp.stack([_merge(linear), _merge(quadratic)], axis=-1)
-        return sum_over_live_rows(
-            moments, _merge(x), cotangent=both, chunk_size=self.chunk_size, mesh=self._chunk_mesh
-        )
-
-
-def _merge(x: Array) -> Array:
-    return x.reshape(-1, *x.shape[2:])
-
-
-def shared_by_paths(batch: Any, mesh: Mesh | None) -> Any:
-    """Lays the leading axis of all arrays over the devices of the mesh's one axis (under jit)."""
-    if mesh is None:
-        return batch
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
 
 
 TrainBlock = Callable[[TrainState, PRNGKeyArray, Settings, ArrayLike], tuple[TrainState, TrainInfo]]

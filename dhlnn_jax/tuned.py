@@ -22,7 +22,7 @@ from dhlnn_jax.methods import METHODS
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.runtime import path_mesh
 from dhlnn_jax.train import TrainState, init_state, make_train_block
-from dhlnn_jax.tuned_report import best_points, compare, reached, summary
+from dhlnn_jax.tuned_report import best_points, compare, print_tuned, reached, summary
 from dhlnn_jax.workload import Answer, make_workload
 
 WARMUP = 3  # epochs, of all points
@@ -229,7 +229,7 @@ def tuned(options: argparse.Namespace) -> Answer:
         for name, row in best.items()
         if name != "dhntb" and row is not None and adam is not None
     }
-    return {
+    answer = {
         "ours": {
             "target_percent": options.target,
             "seeds": options.seeds,
@@ -239,6 +239,8 @@ def tuned(options: argparse.Namespace) -> Answer:
             "points": rows,
         }
     }
+    print_tuned(answer)
+    return answer
 
 
 def _program_of(point: Point) -> tuple[Any, ...]:

@@ -18,10 +18,11 @@ from dhlnn_jax.hedger import Hedger, batched_inputs
 from dhlnn_jax.market import SIMULATORS, Sampler, make_simulation_sampler
 from dhlnn_jax.nested import Update
 from dhlnn_jax.pnl import Contract, contract_pnl
+from dhlnn_jax.processes import LineProcess
 from dhlnn_jax.runtime import path_mesh, prepare
 from dhlnn_jax.settings import Settings
 from dhlnn_jax.source import settings_of
-from dhlnn_jax.timing import LineProcess, compile_clock, cores, peak_memory
+from dhlnn_jax.timing import compile_clock, cores, peak_memory
 from dhlnn_jax.train import (
     CURVATURES,
     OBJECTIVES,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dhlnn_jax import benchmark, clamp_time, race, step_time, timing, workload
+from dhlnn_jax import benchmark, clamp_time, processes, race, step_time, timing, workload
 from dhlnn_jax.errors import UsageError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -156,7 +156,7 @@ def test_clamp_times_both_forms_at_every_horizon(monkeypatch, capsys):
 
 
 def test_python_without_torch_is_no_peer(capsys):
-    with timing.peers_process(True, Path(sys.executable)) as process:
+    with processes.peers_process(True, Path(sys.executable)) as process:
         found = process is not None
     if not found:  # the test environment may have torch and pfhedge
         error = capsys.readouterr().err
@@ -164,24 +164,24 @@ def test_python_without_torch_is_no_peer(capsys):
 
 
 def test_peers_are_not_looked_for_unasked(monkeypatch):
-    monkeypatch.setattr(timing, "make_peers", lambda folder: pytest.fail("not asked for"))
-    with timing.peers_process(False, None) as process:
+    monkeypatch.setattr(processes, "make_peers", lambda folder: pytest.fail("not asked for"))
+    with processes.peers_process(False, None) as process:
         assert process is None
 
 
 def test_peers_that_cannot_be_installed_are_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(timing, "_call", lambda command: "no such index")
-    with timing.peers_process(True, None) as process:
+    monkeypatch.setattr(processes, "_call", lambda command: "no such index")
+    with processes.peers_process(True, None) as process:
         assert process is None
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("no peers: cannot install torch==") and error[-1].endswith("no such index")
-    assert not (timing.peers_folder() / "finished").exists()
+    assert not (processes.peers_folder() / "finished").exists()
 
 
 def test_line_process_answers_and_closes():
     echo = "import json, sys\nfor line in sys.stdin: print(line.strip(), flush=True)"
-    with timing.LineProcess([sys.executable, "-c", echo]) as process:
+    with processes.LineProcess([sys.executable, "-c", echo]) as process:
         assert process.ask(do="train", epochs=3) == {"do": "train", "epochs": 3}
 
 

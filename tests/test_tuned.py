@@ -83,13 +83,13 @@ def test_ratios_are_taken_seed_by_seed():
 
 
 def test_grids_hold_all_combinations_and_options_stand_in_for_them():
-    assert len(tuned.grid_points(["dhntb"])) == 3 * (3 + 4 + 3 + 2)
+    assert len(tuned.grid_points(["dhntb"])) == 4 * (2 + 3 + 4 + 3 + 2)
     newton = tuned.grid_points(["dhlnn_newton"], rates=[0.5], batch=[1000])
     assert [(p.rate, p.n_inner) for p in newton] == [(None, 1), (None, 2)]
     assert tuned.grid_points(["dhntb"], batch=[7], rates=[0.5], epochs=[3]) == [
         tuned.Point("dhntb", 7, 3, 0.5, None)
     ]
-    with pytest.raises(UsageError, match="--batch 7: dhntb has 500"):
+    with pytest.raises(UsageError, match="--batch 7: dhntb has 250"):
         tuned.grid_points(["dhntb"], batch=[7])
 
 
