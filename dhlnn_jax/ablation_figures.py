@@ -120,7 +120,7 @@ def _log_x(axis: Axes, label: str) -> None:
 def _name_ticks(scale: Axis) -> None:
     """Plain numbers on a logarithmic scale."""
     low, high = scale.get_view_interval()
-    few = high < 50 * low  # less than two decades: name 2, 5, ... as well
+    few = high < 100 * low  # less than two decades: name 2, 5, ... as well
     scale.set_major_formatter(lambda x, _: f"{x:g}")
     scale.set_minor_formatter(lambda x, _: f"{x:g}" if few and f"{x:e}"[0] in "25" else "")
 

@@ -74,7 +74,7 @@ def pnl_histogram(results: Results) -> Figure:
         name: np.histogram(np.clip(sample, bins[0], bins[-1]), bins)[0] / len(sample) / np.diff(bins)
         for name, sample in samples.items()
     }
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for axis, scale in zip(axes, ("linear", "log"), strict=True):
         for name, style in styles_of(results.metrics["methods"]).items():
             axis.stairs(densities[name], bins, linewidth=1.6, **style)
@@ -89,7 +89,8 @@ def pnl_histogram(results: Results) -> Figure:
     axes[0].set_ylabel("density (1/money)")
     axes[0].set_title(f"{len(samples['no_hedge'])} test paths", fontsize=10)
     axes[1].set_title("the same, logarithmic", fontsize=10)
-    axes[0].legend(fontsize=8)
+    # Beside the panels: an end bin is as high as they are.
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

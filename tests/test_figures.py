@@ -33,7 +33,7 @@ def test_histogram_has_shared_bins_and_mass_one(base):
         for step in steps:
             np.testing.assert_array_equal(step.edges, steps[0].edges)
             assert np.sum(step.values * np.diff(step.edges)) == pytest.approx(1.0)
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         REGISTRY[name].label for name in METHODS
     ]
     figures.plt.close(figure)
