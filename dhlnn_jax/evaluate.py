@@ -122,10 +122,11 @@ def measure(money: HedgedPaths, settings: Settings) -> Measurement:
     return Measurement(values, influences, ess)
 
 
-@jax.jit
+@jit_for_seldom
 def standard_errors(influences: dict[str, Array], group_ids: Int[Array, " n_paths"]) -> dict[str, Array]:
     """Clustered standard error of each metric from its influences."""
-    return {name: clustered_stderr(values, group_ids) for name, values in influences.items()}
+    errors = jax.vmap(clustered_stderr, (0, None))(jnp.stack(list(influences.values())), group_ids)
+    return dict(zip(influences, errors, strict=True))
 
 
 def as_report(values: dict[str, Any], stderrs: dict[str, Any]) -> dict[str, dict[str, float | None]]:

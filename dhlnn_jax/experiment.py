@@ -63,17 +63,14 @@ def _run(config: Config, *, overwrite: bool, resume: bool) -> Results:
         case = make_case(config, source)
 
     rows: dict[str, Row] = {}
-    bands: dict[str, np.ndarray] = {}
-    sample_path = _sample_path(config, source)
     for name in case.rows:
         (row,) = measured_rows(
             name, [case], [rows.get("optimal")], checkpoint_folder=folder / "checkpoints" / name
         )
         rows[name] = row
         _keep_params(folder, name, row)
-        of_path, over_spot = _shown(name, row, config, source)
-        sample_path, bands = sample_path | of_path, bands | over_spot
 
+    sample_path, bands = _shown(rows, config, source)
     metrics = {"schema": 1, "seed": config.seed, "device": device_name(), **case_metrics(case, rows)}
     trained = [row.training for row in rows.values() if row.training]
     results = Results(
@@ -129,44 +126,48 @@ def _pnl_arrays(rows: dict[str, Row], paths: MarketPath, groups: Any) -> dict[st
     return arrays
 
 
-def _sample_path(config: Config, source: Source) -> dict[str, np.ndarray]:
-    spot = np.asarray(source.test.spot)[0]
-    return {"spot": spot, "time": np.arange(len(spot)) * config.market.years_per_step}
-
-
 def _shown(
-    name: str, row: Row, config: Config, source: Source
+    rows: dict[str, Row], config: Config, source: Source
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What figures show of a method on the first test path, and over spot at some times to maturity.
+    """What figures show of all methods on the first test path, and over spot at some times to maturity.
 
     Bands are a policy's own; over spot, of a simulated market, those that it has in effect if it has none.
     """
     n_steps, s = config.market.n_steps, source.market_settings
-    first = jax.tree.map(lambda x: np.asarray(x)[0], source.test)
+    path = jax.tree.map(lambda x: np.asarray(x)[0], source.test)
     if config.market.recorded:
         spot = None
     else:
         reach = 2.5 * float(s.volatility) * np.sqrt(n_steps * float(s.dt))
         spot = float(s.spot0) * np.exp(np.linspace(-reach, reach, 101))
-    of_path, over_spot = on_host(
-        _positions(row.policy, row.params, first, spot, source.test_settings, n_steps)
-    )
-    sample_path = {f"{name}/{key}": value for key, value in of_path.items()}
+    policies = tuple((name, row.policy) for name, row in rows.items())
+    params = {name: row.params for name, row in rows.items()}
+    along, over = on_host(_positions(policies, params, path, spot, source.test_settings, n_steps))
+    sample_path = {"spot": path.spot, "time": np.arange(n_steps + 1) * config.market.years_per_step, **along}
     if spot is None:
         return sample_path, {}
     decisions = np.unique([min(1, n_steps - 1), n_steps // 2, 4 * n_steps // 5, n_steps - 1])
-    of_method = {f"{name}/{key}": value[decisions] for key, value in over_spot.items()}
-    return sample_path, {"spot": spot, "decision": decisions, **of_method}
+    at_decisions = {name: edge[decisions] for name, edge in over.items()}
+    return sample_path, {"spot": spot, "decision": decisions, **at_decisions}
 
 
-@partial(jit_for_seldom, static_argnames=("policy", "n_steps"))
+@partial(jit_for_seldom, static_argnames=("policies", "n_steps"))
 def _positions(
-    policy: Policy, params: Any, path: MarketPath, spot: Array | None, settings: Settings, n_steps: int
+    policies: tuple[tuple[str, Policy], ...],
+    params: dict[str, Any],
+    path: MarketPath,
+    spot: Array | None,
+    settings: Settings,
+    n_steps: int,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Hedge ratios, and bands where there are any, along a path; bands over spots; all in one program."""
-    along, over = {"hedge_ratio": policy.hedge_ratio(params, path, settings)}, {}
-    if policy.band is not None:
-        along["band_lower"], along["band_upper"] = policy.band(params, path, settings)
-    if spot is not None:
-        over["band_lower"], over["band_upper"] = effective_band(policy, params, spot, settings, n_steps)
+    """Hedge ratios, and bands where there are any, along a path; bands over spots; of all in one program."""
+    along, over = {}, {}
+    for name, policy in policies:
+        along[f"{name}/hedge_ratio"] = policy.hedge_ratio(params[name], path, settings)
+        if policy.band is not None:
+            edges = policy.band(params[name], path, settings)
+            along[f"{name}/band_lower"], along[f"{name}/band_upper"] = edges
+        if spot is not None:
+            edges = effective_band(policy, params[name], spot, settings, n_steps)
+            over[f"{name}/band_lower"], over[f"{name}/band_upper"] = edges
     return along, over
