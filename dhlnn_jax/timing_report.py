@@ -12,7 +12,7 @@ def print_rows(rows: dict[str, dict[str, Any]]) -> None:
         "live_rows": "of rows live",
     }
     further |= {"share_of_product_rate": "of product rate", "programs_compiled": "programs"}
-    further |= {"compile_seconds": "s to compile", "resident": "MiB resident"}
+    further |= {"xla_seconds": "s in XLA", "compile_seconds": "s to compile", "resident": "MiB resident"}
     print(f"{'':32}{'median':>11}{'min':>11}{'max':>11}")
     for name, row in rows.items():
         numbers = (row[key] for key in ("median", "min", "max"))

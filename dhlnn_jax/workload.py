@@ -22,7 +22,7 @@ from dhlnn_jax.processes import LineProcess
 from dhlnn_jax.runtime import path_mesh, prepare
 from dhlnn_jax.settings import Settings
 from dhlnn_jax.source import settings_of
-from dhlnn_jax.timing import compile_clock, cores, peak_memory
+from dhlnn_jax.timing import CompileClock, compile_clock, cores, peak_memory
 from dhlnn_jax.train import (
     CURVATURES,
     OBJECTIVES,
@@ -231,7 +231,7 @@ class _Served:
             work = make_workload(make_config(config), chunk=chunk, n_devices=n_devices)
             self._program = compiled(work)
             self._state = work.init(0)
-        return {"seconds": clock.seconds, "programs": clock.programs}
+        return _answer(clock)
 
     def train(self, n_steps: int) -> Answer:
         return {"seconds": self._program.train(self._state, jax.random.key(1), n_steps)[1]}
@@ -251,4 +251,8 @@ class _Served:
 
         with tempfile.TemporaryDirectory() as folder, compile_clock() as clock:
             run(load_config(file, ["--training.epochs", "1", "--out", f"{folder}/run"]))
-        return {"seconds": clock.seconds, "programs": clock.programs}
+        return _answer(clock)
+
+
+def _answer(clock: CompileClock) -> Answer:
+    return {"seconds": clock.seconds, "xla_seconds": clock.xla_seconds, "programs": clock.programs}

@@ -70,7 +70,7 @@ def test_compile_clock_counts_programs_and_nested_seconds_once(monkeypatch):
         monkeypatch.setattr(timing.time, "perf_counter", lambda now=now: now)
         clock.note(f"/jax/core/compile/{event}_compile_duration", duration)
     clock.note("/jax/something_else", 100.0)
-    assert clock.seconds == 4.0 + 2.0
+    assert (clock.seconds, clock.xla_seconds, clock.programs) == (4.0 + 2.0, 2.0, 1)
 
 
 def test_compile_clock_hears_jax():
