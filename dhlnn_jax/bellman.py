@@ -17,7 +17,7 @@ from dhlnn_jax.market import MarketPath
 
 CUT = 10.0  # normals are cut here, those of each step and that of the whole time, in standard deviations
 _HEDGE_RATIOS = 64  # intervals across what the claim can ask for, see `hedge_ratio_grid`
-_NO_PLATEAU = 5.0  # lambda P_0 sigma sqrt(T) from which on the value depends on CUT
+NO_PLATEAU = 5.0  # lambda P_0 sigma sqrt(T) from which on the value depends on CUT
 _BLOCK = 512  # spots whose expectations are one matrix product
 
 
@@ -215,11 +215,11 @@ def linear_tail(values: np.ndarray, spot: np.ndarray, beyond: np.ndarray, *, end
 
 def tail_notes(size: float) -> tuple[str, ...]:
     """A note where the value depends on CUT, for a `size` lambda P_0 sigma sqrt(T)."""
-    if size < _NO_PLATEAU:
+    if size < NO_PLATEAU:
         return ()
     return (
         f"the value depends on where normals are cut, here at {CUT:g} standard deviations: "
-        f"risk_aversion * spot0 * volatility * sqrt(time) = {size:.3g} is at least {_NO_PLATEAU:g}",
+        f"risk_aversion * spot0 * volatility * sqrt(time) = {size:.3g} is at least {NO_PLATEAU:g}",
     )
 
 

@@ -36,7 +36,6 @@ from dhlnn_jax.unhedged import unhedged_law
 
 N_STEPS, DT = 30, 1 / 365
 SIZES, RELATIVE_COSTS = (0.02, 8.0), (0.005, 0.5)  # the ends of the map
-NO_PLATEAU = 5.0  # the size from which on values depend on where normals are cut, see `optimal`
 NO_TRADE = 1e-3  # the optimum counts as never trading where it removes less than this share
 
 

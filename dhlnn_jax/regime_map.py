@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from dhlnn_jax.bellman import NO_PLATEAU
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.regime import (
     MARKED,
-    NO_PLATEAU,
     NO_TRADE,
     RELATIVE_COSTS,
     SIZES,

@@ -25,12 +25,17 @@ def prepare(*, devices: int | None = None) -> None:
 
     Args:
       devices: on a CPU; None: one for each core. An accelerator's are counted by JAX.
-    Numerics: does nothing to devices once JAX has started. JAX_COMPILATION_CACHE_DIR, if set, is kept.
+    Numerics: does nothing to devices once JAX has started. JAX's environment variables
+      for its cache are kept where they are set.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small ones are the most
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    ours = {
+        "jax_compilation_cache_dir": str(cache_folder() / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,  # small programs are the most
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for option, value in ours.items():
+        if option.upper() not in os.environ:
+            jax.config.update(option, value)
     try:
         jax.config.update("jax_num_cpu_devices", devices or _n_cores())
     except RuntimeError:

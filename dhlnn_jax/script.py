@@ -26,7 +26,9 @@ def exit_code(script: str, body: Callable[[], None], *, interrupted: str = ", no
     except UsageError as error:
         code, message = 2, str(error)
     except OSError as error:
-        code, message = 2, f"{error.strerror or error}: {error.filename or ''}"
+        code, message = 2, error.strerror or str(error)
+        if error.filename:
+            message += f": {error.filename}"
     except FloatingPointError as error:
         code, message = 1, str(error)
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ import tomllib
 import jax
 import numpy as np
 import pytest
-from runs import METHODS, METRICS, TRAINED, small_run, smoke_run
+from runs import METHODS, METRICS, PICTURES, TRAINED, small_run, smoke_run
 
 from dhlnn_jax import checkpoint, notes, trainer
 from dhlnn_jax.case import make_case
@@ -182,11 +182,8 @@ def test_exact_row_adds_no_error_where_simulation_cannot_carry_it(base, order):
 
 def test_folder_holds_what_was_promised(smoke):
     files = {path.name for path in smoke.folder.iterdir()}
-    pictures = {"bands.png", "pnl_histogram.png", "risk_by_epoch.png", "sample_path.png"}
-    assert (
-        files
-        >= {"config.toml", "metrics.json", "meta.json", "pnl.npz", "sample_path.npz", "bands.npz"} | pictures
-    )
+    kept = {"config.toml", "metrics.json", "meta.json", "pnl.npz", "sample_path.npz", "bands.npz"}
+    assert files >= kept | set(PICTURES)
     assert {path.name for path in (smoke.folder / "params").iterdir()} == set(TRAINED)
     for name in TRAINED:
         assert {path.name for path in (smoke.folder / "params" / name).iterdir()} == {"best", "last"}

@@ -233,12 +233,13 @@ def test_scan_hedge_by_hand(strict_x64):
 # --- all times at once --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 2e-5)])
 @pytest.mark.parametrize("n_steps", [1, 30, 200])
-def test_band_hedge_parallel_is_band_hedge(strict_x64, n_steps):
+def test_band_hedge_parallel_is_band_hedge(strict_x64, n_steps, dtype, tolerance):
     rng = np.random.default_rng(n_steps)
     middle, width = np.cumsum(0.1 * rng.normal(size=n_steps)), rng.uniform(-0.05, 0.2, n_steps)
-    lower, upper = jnp.asarray(middle - width), jnp.asarray(middle + width)  # a fifth of them are crossed
-    weight = jnp.asarray(rng.normal(size=n_steps))
+    lower, upper = jnp.asarray(middle - width, dtype), jnp.asarray(middle + width, dtype)  # a fifth crossed
+    weight = jnp.asarray(rng.normal(size=n_steps), dtype)
 
     def judged(hedge_of):
         return jax.jit(jax.value_and_grad(lambda a, b: jnp.sum(weight * hedge_of(a, b)), (0, 1)))(
@@ -249,7 +250,7 @@ def test_band_hedge_parallel_is_band_hedge(strict_x64, n_steps):
         jax.jit(hedge.band_hedge_parallel)(lower, upper), jax.jit(hedge.band_hedge)(lower, upper)
     )
     (_, slopes), (_, wanted) = judged(hedge.band_hedge_parallel), judged(hedge.band_hedge)
-    np.testing.assert_allclose(slopes, wanted, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(slopes, wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_band_hedge_parallel_has_finite_gradients_at_ties(strict_x64):

@@ -172,35 +172,37 @@ TWO_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np, sys
 from jax.sharding import NamedSharding, PartitionSpec as P
 sys.path.insert(0, "tests")
-from test_rows import apply, gradient, problem, value_and_gradient
+from test_rows import apply, assert_close, gradient, problem, value_and_gradient
 from dhlnn_jax.rows import in_chunks, linearize_rows
 
 assert jax.device_count() == 2
-params, rows, cotangent = problem("float32")
-rows, cotangent = rows[1:], cotangent[1:]  # an even number
-tangent = jax.tree.map(jnp.cos, params)
-
-def close(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), a, b)
-
 mesh = jax.make_mesh((2,), ("paths",), axis_types=(jax.sharding.AxisType.Auto,))
 chunked = in_chunks(apply, chunk_size=7, mesh=mesh)
 
+def even(dtype):
+    params, rows, cotangent = problem(dtype)
+    return params, rows[1:], cotangent[1:], jax.tree.map(jnp.cos, params)
+
 @jax.jit
-def three(params, rows, cotangent):
+def three(params, rows, cotangent, tangent):
     at = linearize_rows(apply, params, rows, chunk_size=7, mesh=mesh)
     return *value_and_gradient(chunked)(params, rows, cotangent), at.jvp(tangent)
 
-def wanted(cotangent):
+def wanted(params, rows, cotangent, tangent):
     pushed = jax.jit(lambda x: jax.jvp(lambda w: apply(w, x), (params,), (tangent,)))(rows)
     return pushed[0], gradient(apply, params, rows, cotangent), pushed[1]
 
-given = three(params, rows, cotangent)
-close(given, wanted(cotangent))
-assert not given[0].sharding.is_fully_replicated and jax.tree.leaves(given[1])[0].sharding.is_fully_replicated
-half = cotangent * (np.arange(52) < 26)[:, None]  # the second device has nothing to do
-on_mesh = jax.device_put((rows, half), NamedSharding(mesh, P("paths")))
-close(three(params, *on_mesh), wanted(half))
+for dtype in ("float32", "float64"):
+    with jax.enable_x64(dtype == "float64"):
+        params, rows, cotangent, tangent = even(dtype)
+        given = three(params, rows, cotangent, tangent)
+        assert_close(given, wanted(params, rows, cotangent, tangent), dtype)
+        assert not given[0].sharding.is_fully_replicated
+        assert jax.tree.leaves(given[1])[0].sharding.is_fully_replicated
+        half = cotangent * (np.arange(52) < 26)[:, None].astype(dtype)  # the second device has nothing to do
+        on_mesh = jax.device_put((rows, half), NamedSharding(mesh, P("paths")))
+        assert_close(three(params, *on_mesh, tangent), wanted(params, rows, half, tangent), dtype)
+params, rows, cotangent, tangent = even("float32")
 try: chunked(params, rows[:49])
 except ValueError as error: assert "49 rows cannot be shared evenly by 2 devices" in str(error), error
 else: raise AssertionError("49 rows went through")
@@ -210,7 +212,8 @@ alone = in_chunks(apply, chunk_size=7)
 local = lambda *a: jax.lax.psum(value_and_gradient(alone)(*a)[1], "paths")
 specs = (P(), P("paths"), P("paths"))
 by_hand = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
-close(jax.jit(by_hand)(params, rows, cotangent), wanted(cotangent)[1])
+summed = jax.jit(by_hand)(params, rows, cotangent)
+assert_close(summed, wanted(params, rows, cotangent, tangent)[1], "float32")
 print("agrees")
 """
 

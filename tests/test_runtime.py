@@ -133,15 +133,18 @@ def test_importing_the_package_starts_no_jax():
     assert done.stdout.split() == ["3"], done.stderr  # started, it would have one device, and join no other
 
 
-def test_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_programs_are_kept_in_the_users_cache(tmp_path):
     code = (
         "from dhlnn_jax import runtime; runtime.prepare(devices=1); import jax; "
-        "print(jax.config.values['jax_compilation_cache_dir'], jax.device_count())"
+        "print(jax.config.values['jax_compilation_cache_dir'], jax.device_count(), "
+        "jax.config.values['jax_persistent_cache_min_compile_time_secs'])"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
     out = run([sys.executable, "-c", code], env={**environment, "JAX_PLATFORMS": "cpu"}).stdout
-    assert out.split() == [str(tmp_path / "dhlnn_jax" / "programs"), "1"]
+    assert out.split() == [str(tmp_path / "dhlnn_jax" / "programs"), "1", "0.0"]
     kept = {**environment, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": "elsewhere"}
-    assert run([sys.executable, "-c", code], env=kept).stdout.split() == ["elsewhere", "1"]
+    assert run([sys.executable, "-c", code], env=kept).stdout.split() == ["elsewhere", "1", "0.0"]
+    own = {**kept, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "3"}
+    assert run([sys.executable, "-c", code], env=own).stdout.split() == ["elsewhere", "1", "3.0"]

@@ -18,7 +18,7 @@ def parser():
     [
         (UsageError("--n must be above 0, got 0"), 2, "--n must be above 0, got 0"),
         (FileNotFoundError(2, "No such file or directory", "here"), 2, "No such file or directory: here"),
-        (OSError("disk on fire"), 2, "disk on fire: "),
+        (OSError("disk on fire"), 2, "disk on fire"),
         (FloatingPointError("risk is nan after epoch 5"), 1, "risk is nan after epoch 5"),
         (KeyboardInterrupt(), 130, "interrupted, nothing was written"),
     ],
