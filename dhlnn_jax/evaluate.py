@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from dhlnn_jax.compiling import jit_for_seldom
 from dhlnn_jax.hedger import Policy
 from dhlnn_jax.market import MarketPath
-from dhlnn_jax.pnl import Contract, trades, trading_gain, turnover
+from dhlnn_jax.pnl import Contract, round_trip, trades, trading_gain, turnover
 from dhlnn_jax.risk import (
     clustered_stderr,
     effective_sample_size,
@@ -34,6 +34,7 @@ class HedgedPaths(NamedTuple):
     Attributes:
       payoff, trading_gain, trading_cost, pnl: money. turnover: units of the underlying bought and sold.
       trade_frequency: fraction of the decisions at which anything is traded.
+      round_trip: units bought and sold again (or sold and bought back) before the end.
     """
 
     payoff: Array
@@ -42,6 +43,7 @@ class HedgedPaths(NamedTuple):
     pnl: Array
     turnover: Array
     trade_frequency: Array
+    round_trip: Array
 
 
 def hedged_paths(
@@ -66,7 +68,7 @@ def hedged_paths(
         cost = contract.cost(path, settings)(trades(hedge_ratio), path.spot)
         pnl = gain + settings.premium - payoff - cost
         traded = jnp.mean(trades(hedge_ratio)[:-1] != 0, dtype=pnl.dtype)
-        return HedgedPaths(payoff, gain, cost, pnl, turnover(hedge_ratio), traded)
+        return HedgedPaths(payoff, gain, cost, pnl, turnover(hedge_ratio), traded, round_trip(hedge_ratio))
 
     n_paths = paths.spot.shape[0]
     return jax.lax.map(one, paths, batch_size=min(batch_size, n_paths))
@@ -80,7 +82,7 @@ class Metric(NamedTuple):
 
 
 def metrics_of(settings: Settings) -> dict[str, Metric]:
-    """The reported metrics by name; risks are larger when worse, all but the last two are in money."""
+    """The reported metrics by name; risks are larger when worse, all but the last three are in money."""
     return {
         "entropic_risk_measure": Metric(
             "pnl", partial(entropic_risk_measure, risk_aversion=settings.risk_aversion)
@@ -92,6 +94,7 @@ def metrics_of(settings: Settings) -> dict[str, Metric]:
         "trading_cost_mean": Metric("trading_cost", mean),
         "turnover_mean": Metric("turnover", mean),
         "trade_frequency_mean": Metric("trade_frequency", mean),
+        "round_trip_mean": Metric("round_trip", mean),
     }
 
 
@@ -179,8 +182,7 @@ def _weighted_values(payoff: Array, probability: Array, settings: Settings) -> d
     """Values of all metrics without a hedge, each payoff with its probability."""
     pnl = settings.premium - payoff
     nothing = jnp.zeros_like(pnl)
-    columns = {"pnl": pnl, "trading_cost": nothing, "turnover": nothing, "trade_frequency": nothing}
     return {
-        name: metric.reduce(columns[metric.column], weights=probability)
+        name: metric.reduce(pnl if metric.column == "pnl" else nothing, weights=probability)
         for name, metric in metrics_of(settings).items()
     }

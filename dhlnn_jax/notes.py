@@ -10,6 +10,7 @@ from dhlnn_jax.report import objective_metric
 Metrics = dict[str, Any]
 
 MANY_RISES = 10
+ONE_WAY = 0.01  # of what the best hedger turns back; below, a hedger trades one way
 
 
 def notes_of(case: Case, metrics: Metrics) -> list[str]:
@@ -18,6 +19,7 @@ def notes_of(case: Case, metrics: Metrics) -> list[str]:
         *_about_scale(case),
         *_about_not_trading(case, metrics),
         *_about_dead_bands(case, metrics),
+        *_about_dead_edges(case, metrics),
         *_about_rises(metrics),
         *_about_optimum(case, metrics),
     ]
@@ -95,6 +97,29 @@ def _about_dead_bands(case: Case, metrics: Metrics) -> list[str]:
         for who, own in _by_seed(name, report)
         if not own["final"]["turnover_mean"]["value"]
     ]
+
+
+def _about_dead_edges(case: Case, metrics: Metrics) -> list[str]:
+    """A band of which no path reaches one edge: the gradient to it is zero, as to both of a dead band."""
+    reports, metric = metrics["methods"], objective_metric(case.config)
+    better = _better_than_no_hedge(metrics, metric)
+    if not better:
+        return []
+    best = min(better, key=lambda name: (name != "optimal", reports[name]["final"][metric]["value"]))
+    needed = _turned_back(reports[best])
+    return [
+        f"{who} trades one way only: it turns back {_turned_back(own):.2g} units a path, {best} "
+        f"{needed:.2g}. One edge of its band is out of reach, its gradient is zero: lower its learning "
+        "rate or raise training.warmup"
+        for name, report in reports.items()
+        if "training" in report
+        for who, own in _by_seed(name, report)
+        if own["final"]["turnover_mean"]["value"] and _turned_back(own) < ONE_WAY * needed
+    ]
+
+
+def _turned_back(report: dict[str, Any]) -> float:
+    return report["final"]["round_trip_mean"]["value"]
 
 
 def _about_rises(metrics: Metrics) -> list[str]:

@@ -33,6 +33,16 @@ def turnover(hedge_ratio: Float[Array, " n_steps *assets"]) -> Float[Array, ""]:
     return jnp.sum(_absolute(trades(hedge_ratio)[:-1]))
 
 
+def round_trip(hedge_ratio: Float[Array, " n_steps *assets"]) -> Float[Array, ""]:
+    """Units bought and sold again, or sold and bought back, before the end: the smaller of both sums.
+
+    0 for who trades one way only: a band of which one edge is out of reach.
+    """
+    trade = trades(hedge_ratio)[:-1]
+    bought, sold = (jnp.sum(jnp.maximum(sign * trade, 0), axis=0) for sign in (1, -1))
+    return jnp.sum(jnp.minimum(bought, sold))
+
+
 def proportional_cost(rate: ArrayLike, *, liquidate: bool = False) -> CostFn:
     """c sum_t S_t |trade_t|, in money; the final sale is charged only if `liquidate`.
 

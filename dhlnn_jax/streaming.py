@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from dhlnn_jax.evaluate import HedgedPaths
 
-_COLUMNS = ("pnl", "trading_cost", "turnover", "trade_frequency")
+_COLUMNS = ("pnl", "trading_cost", "turnover", "trade_frequency", "round_trip")
 
 
 class Grid(NamedTuple):

@@ -88,7 +88,7 @@ class TrainedHedger(NamedTuple):
         )
         unit = jnp.asarray(rows[:, 0] / self.config.market.spot0, float)
         scaled = jax.tree.map(lambda x: x * unit, money)._replace(
-            turnover=money.turnover, trade_frequency=money.trade_frequency
+            turnover=money.turnover, trade_frequency=money.trade_frequency, round_trip=money.round_trip
         )
         return jax.tree.map(lambda x: x.reshape(prices.shape[:-1]), scaled)
 

@@ -31,6 +31,7 @@ METRICS = {
     "trading_cost_mean",
     "turnover_mean",
     "trade_frequency_mean",
+    "round_trip_mean",
 }
 
 

@@ -34,6 +34,7 @@ METRICS = (
     "trading_cost_mean",
     "turnover_mean",
     "trade_frequency_mean",
+    "round_trip_mean",
 )
 
 
@@ -51,6 +52,7 @@ def test_hedged_paths_by_hand():
     np.testing.assert_allclose(money.trading_gain, [0.05 + 0.04, -0.05 - 0.02], atol=1e-6)
     np.testing.assert_allclose(money.trading_cost, [0.1 * (0.5 + 0.33), 0.1 * (0.5 + 0.27)], atol=1e-6)
     np.testing.assert_allclose(money.turnover, [0.8, 0.8], atol=1e-6)
+    np.testing.assert_allclose(money.round_trip, [0.3, 0.3], atol=1e-6)
     np.testing.assert_allclose(money.pnl, [0.05 - 0.3 + 0.09 - 0.083, 0.05 - 0.07 - 0.077], atol=1e-6)
 
 
@@ -81,7 +83,7 @@ def test_batch_size_does_not_matter(batch_size):
 def columns(n=600):
     rng = np.random.default_rng(3)
     pnl, cost, turnover = (jnp.asarray(rng.normal(m, 0.02, n), jnp.float32) for m in (-0.02, 0.1, 0.7))
-    return HedgedPaths(jnp.zeros(n), jnp.zeros(n), cost, pnl, turnover, 0.5 * turnover)
+    return HedgedPaths(jnp.zeros(n), jnp.zeros(n), cost, pnl, turnover, 0.5 * turnover, 0.25 * turnover)
 
 
 def test_measure_agrees_with_numpy_on_each_metric():
@@ -98,6 +100,7 @@ def test_measure_agrees_with_numpy_on_each_metric():
         "trading_cost_mean": np.asarray(money.trading_cost, float).mean(),
         "turnover_mean": np.asarray(money.turnover, float).mean(),
         "trade_frequency_mean": 0.5 * np.asarray(money.turnover, float).mean(),
+        "round_trip_mean": 0.25 * np.asarray(money.turnover, float).mean(),
     }
     measured = measure(money, SETTINGS)
     assert set(measured.values) == set(METRICS) == set(wanted)

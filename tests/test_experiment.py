@@ -363,6 +363,16 @@ def test_note_on_a_dead_band(smoke):
     assert note.startswith("dhntb does not trade although optimal gains by it: a dead band")
 
 
+def test_note_on_a_dead_edge(smoke):
+    """A trained hedger that only buys, as many units as before; no other row is meant."""
+    metrics = copy.deepcopy(smoke.metrics)
+    metrics["methods"]["dhntb"]["final"]["round_trip_mean"]["value"] = 0.0
+    metrics["methods"]["fixed_band"]["final"]["round_trip_mean"]["value"] = 0.0  # a rule is not trained
+    case = make_case(smoke.config, make_source(smoke.config, jax.random.key(0)))
+    (note,) = notes.notes_of(case, metrics)
+    assert note.startswith("dhntb trades one way only: it turns back 0 units a path, optimal ")
+
+
 def test_hedgers_are_tested_under_another_volatility(base, smoke):
     rough = small_run(base, "rough", "--methods", "bsdh", "--evaluation.market.volatility", "0.4")
     exact = rough.metrics["methods"]["no_hedge"]["final"]["pnl_mean"]["value"]

@@ -26,6 +26,22 @@ def test_gain_turnover_and_trades_by_hand(strict_x64):
 
 
 @pytest.mark.parametrize(
+    "held, turned_back",
+    [
+        ([0.2, 0.5, 0.4, 0.6], 0.1),  # 0.7 bought, 0.1 sold
+        ([0.5, 0.1, 0.1, 0.0], 0.5),  # all of it, before the end
+        ([0.2, 0.5, 0.5, 0.9], 0.0),  # bought only; what is sold at the end is no turning back
+        ([-0.2, -0.5, -0.1, -0.1], 0.4),  # sold 0.5, bought back 0.4
+        ([0.0, 0.0, 0.0, 0.0], 0.0),
+    ],
+)
+def test_round_trip_by_hand(strict_x64, held, turned_back):
+    both = jnp.stack([jnp.array(held), jnp.array([0.3, 0.1, 0.1, 0.1])], axis=1)  # a second asset: 0.2
+    assert float(pnl.round_trip(jnp.array(held))) == pytest.approx(turned_back, abs=1e-15)
+    assert float(pnl.round_trip(both)) == pytest.approx(turned_back + 0.2, abs=1e-15)
+
+
+@pytest.mark.parametrize(
     ("liquidate", "premium", "money"),
     [
         (False, 0.0, 0.131),  # -0.03 + 0.175 - 0.01 (0.5 + 1.2 0.75)

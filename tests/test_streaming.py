@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def money_of(pnl, n_hedgers=None):
     """Money with a given pnl [n_hedgers, n_paths] and nothing else."""
     pnl = jnp.atleast_2d(jnp.asarray(pnl, float))
-    return HedgedPaths(*[jnp.zeros_like(pnl)] * 3, pnl, *[jnp.zeros_like(pnl)] * 2)
+    return HedgedPaths(*[jnp.zeros_like(pnl)] * 3, pnl, *[jnp.zeros_like(pnl)] * 3)
 
 
 def sample():
@@ -37,7 +37,7 @@ def sample():
     pnl[1] = pnl[0] + 1e-3 * pnl[1]
     pnl[2] = np.minimum(pnl[2], 0.0)
     pnl, cost, turnover = (jnp.asarray(x) for x in (pnl, cost, turnover))
-    return HedgedPaths(0 * pnl, 0 * pnl, cost, pnl, turnover, 0.5 * turnover)
+    return HedgedPaths(0 * pnl, 0 * pnl, cost, pnl, turnover, 0.5 * turnover, 0.25 * turnover)
 
 
 def rows(money, start, stop):

@@ -12,7 +12,7 @@ from dhlnn_jax.hedger import make_band_hedger, make_recurrent_hedger, policy_of,
 from dhlnn_jax.market import SIMULATORS, make_simulation_sampler
 from dhlnn_jax.nested import nested_update, optax_update
 from dhlnn_jax.payoff import CLAIMS
-from dhlnn_jax.pnl import Contract, contract_pnl
+from dhlnn_jax.pnl import Contract, contract_pnl, round_trip
 from dhlnn_jax.settings import Settings, make_settings
 
 N_STEPS, N_PATHS = 5, 256
@@ -169,6 +169,22 @@ def test_dead_band_neither_trades_nor_learns(key):
     assert_identical(dead.params, params)
     alive = adam_step()(state, key, settings())[1]
     assert float(alive.turnover) > 0.1 and float(alive.gradient_norm) > 0
+
+
+def test_dead_edge_only_buys_and_does_not_learn_to_sell(key):
+    """The upper edge out of reach: what the notes of a run call trading one way only."""
+    state = initial()
+    params = jax.tree.map(lambda w: w, state.params)
+    params["params"]["Perceptron_0"]["Dense_1"]["bias"] = jnp.array([0.0, 50.0])
+    step, of_layer = adam_step(), lambda params: params["params"]["Perceptron_0"]["Dense_1"]
+    half_dead, info = step(state._replace(params=params), key, settings())
+    assert float(info.turnover) > 0.1 and float(info.gradient_norm) > 0
+    for before, after in zip(leaves(of_layer(params)), leaves(of_layer(half_dead.params)), strict=True):
+        assert np.array_equal(before[..., 1], after[..., 1]) and not np.any(before[..., 0] == after[..., 0])
+    paths = SAMPLE(key, 100, settings())[0]
+    for own, turns_back in ((params, False), (state.params, True)):
+        held = jax.vmap(lambda path, own=own: policy_of(HEDGER).hedge_ratio(own, path, settings()))(paths)
+        assert (float(jnp.mean(jax.vmap(round_trip)(held))) > 0.01) == turns_back
 
 
 # --- nested -------------------------------------------------------------------------------------------
