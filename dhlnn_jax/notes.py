@@ -10,7 +10,7 @@ from dhlnn_jax.report import objective_metric
 Metrics = dict[str, Any]
 
 MANY_RISES = 10
-ONE_WAY = 0.01  # of what the best hedger turns back; below, a hedger trades one way
+ONE_WAY = 0.01  # of what the best hedger turns back; below this share a hedger trades one way
 
 
 def notes_of(case: Case, metrics: Metrics) -> list[str]:
@@ -100,17 +100,22 @@ def _about_dead_bands(case: Case, metrics: Metrics) -> list[str]:
 
 
 def _about_dead_edges(case: Case, metrics: Metrics) -> list[str]:
-    """A band of which no path reaches one edge: the gradient to it is zero, as to both of a dead band."""
+    """A band of which no path reaches one edge: the gradient to it is zero, as to both of a dead band.
+
+    Silent where the best hedger hardly turns back itself.
+    """
     reports, metric = metrics["methods"], objective_metric(case.config)
     better = _better_than_no_hedge(metrics, metric)
     if not better:
         return []
     best = min(better, key=lambda name: (name != "optimal", reports[name]["final"][metric]["value"]))
     needed = _turned_back(reports[best])
+    if needed < ONE_WAY * reports[best]["final"]["turnover_mean"]["value"]:
+        return []
     return [
         f"{who} trades one way only: it turns back {_turned_back(own):.2g} units a path, {best} "
-        f"{needed:.2g}. One edge of its band is out of reach, its gradient is zero: lower its learning "
-        "rate or raise training.warmup"
+        f"{needed:.2g}. If it has a band, paths do not reach one edge, which then cannot learn; lower its "
+        "learning rate or raise training.warmup"
         for name, report in reports.items()
         if "training" in report
         for who, own in _by_seed(name, report)
