@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -17,6 +18,7 @@ from dhlnn_jax.compiling import jit_for_seldom
 from dhlnn_jax.config import Config
 from dhlnn_jax.figures import write_figures
 from dhlnn_jax.fleet import keys_of, on_host
+from dhlnn_jax.hedge import band_hedge
 from dhlnn_jax.hedger import Policy
 from dhlnn_jax.market import MarketPath
 from dhlnn_jax.measured import Row, case_metrics, measured_rows
@@ -161,13 +163,37 @@ def _positions(
     n_steps: int,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Hedge ratios, and bands where there are any, along a path; bands over spots; of all in one program."""
-    along, over = {}, {}
+    sharing: dict[Policy, list[str]] = {}  # methods on one network are traced and compiled once
     for name, policy in policies:
-        along[f"{name}/hedge_ratio"] = policy.hedge_ratio(params[name], path, settings)
-        if policy.band is not None:
-            edges = policy.band(params[name], path, settings)
-            along[f"{name}/band_lower"], along[f"{name}/band_upper"] = edges
-        if spot is not None:
-            edges = effective_band(policy, params[name], spot, settings, n_steps)
-            over[f"{name}/band_lower"], over[f"{name}/band_upper"] = edges
+        sharing.setdefault(policy, []).append(name)
+    along: dict[str, Array] = {}
+    over: dict[str, Array] = {}
+    for policy, names in sharing.items():
+        of_method = partial(_of_method, policy, path=path, spot=spot, settings=settings, n_steps=n_steps)
+        every = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
+        shown = jax.lax.map(of_method, (jnp.arange(len(names)), every))  # a rule's parameters have no length
+        for arrays, of_group in zip((along, over), shown, strict=True):
+            for i, name in enumerate(names):
+                arrays |= {f"{name}/{kind}": array[i] for kind, array in of_group.items()}
     return along, over
+
+
+def _of_method(
+    policy: Policy,
+    counted: tuple[Array, Any],
+    *,
+    path: MarketPath,
+    spot: Array | None,
+    settings: Settings,
+    n_steps: int,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    _, params = counted
+    if policy.band is None:
+        along = {"hedge_ratio": policy.hedge_ratio(params, path, settings)}
+    else:
+        lower, upper = policy.band(params, path, settings)
+        along = {"hedge_ratio": band_hedge(lower, upper), "band_lower": lower, "band_upper": upper}
+    if spot is None:
+        return along, {}
+    lower, upper = effective_band(policy, params, spot, settings, n_steps)
+    return along, {"band_lower": lower, "band_upper": upper}

@@ -77,9 +77,10 @@ class OptimalHedge(NamedTuple):
         """Edges along an observed path [n_steps]: linear in the log spot, constant beyond the grid."""
         check_path(path, tables["lower"])
         log_spot, dtype = jnp.log(path.spot), path.spot.dtype
-        at = jax.vmap(jnp.interp, in_axes=(0, None, 0))
         grid, lower, upper = (jnp.asarray(tables[x], dtype) for x in ("log_spot", "lower", "upper"))
-        return at(log_spot, grid, lower), at(log_spot, grid, upper)
+        at = jax.vmap(jnp.interp, in_axes=(0, None, 0))
+        edges = jax.vmap(at, in_axes=(None, None, 0))(log_spot, grid, jnp.stack([lower, upper]))
+        return edges[0], edges[1]
 
     def band(self, path: MarketPath, settings: Settings) -> tuple[jax.Array, jax.Array]:
         """`band_from` of its own tables; what the settings say is not looked at."""
