@@ -105,9 +105,10 @@ def _report(arguments: list[str]) -> None:
 
 
 def _sweep(arguments: list[str]) -> None:
-    from dhlnn_jax.sweep import OPTIONS, claim_sweep, parse_over, sweep, write_sweep
+    from dhlnn_jax.fleet import TRACED_OPTIONS
+    from dhlnn_jax.sweep import claim_sweep, parse_over, sweep, write_sweep
 
-    show_help(lambda: _SWEEP_USAGE.format(options=", ".join(OPTIONS)), arguments)
+    show_help(lambda: _SWEEP_USAGE.format(options=", ".join(TRACED_OPTIONS)), arguments)
     overwrite = "--overwrite" in arguments
     path, *rest = [argument for argument in arguments if argument != "--overwrite"] or [""]
     config_first(path, "sweep.py CONFIG --over OPTION VALUE ...")

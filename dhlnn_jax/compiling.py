@@ -23,15 +23,20 @@ def options_for_often() -> CompilerOptions | None:
     return _OFTEN if _understood() else None
 
 
+def options_for_seldom() -> CompilerOptions | None:
+    """The same of a program that runs a few times; it compiles in half the time."""
+    return _SELDOM if _understood() else None
+
+
 def jit_for_seldom(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit(fn, **options)` of a program that runs a few times; it compiles in half the time.
+    """`jax.jit(fn, **options)` with `options_for_seldom`.
 
     Not to be called under another jit, vmap or grad: JAX takes compiler options at the top only.
     """
 
     @cache
     def jitted() -> Callable[..., Any]:  # asking for the backend starts JAX, so not before the first call
-        return jax.jit(fn, compiler_options=_SELDOM if _understood() else None, **options)
+        return jax.jit(fn, compiler_options=options_for_seldom(), **options)
 
     return wraps(fn)(lambda *args, **kwargs: jitted()(*args, **kwargs))
 

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from dhlnn_jax import traces
 from dhlnn_jax.bands import effective_band
 from dhlnn_jax.case import make_case
 from dhlnn_jax.checkpoint import save_tree
-from dhlnn_jax.compiling import jit_for_seldom
+from dhlnn_jax.compiling import options_for_seldom
 from dhlnn_jax.config import Config
 from dhlnn_jax.figures import write_figures
+from dhlnn_jax.fitting import made_from
 from dhlnn_jax.fleet import keys_of, on_host
 from dhlnn_jax.hedge import band_hedge
 from dhlnn_jax.hedger import Policy
@@ -142,9 +145,14 @@ def _shown(
     else:
         reach = 2.5 * float(s.volatility) * np.sqrt(n_steps * float(s.dt))
         spot = float(s.spot0) * np.exp(np.linspace(-reach, reach, 101))
-    policies = tuple((name, row.policy) for name, row in rows.items())
-    params = {name: row.params for name, row in rows.items()}
-    along, over = on_host(_positions(policies, params, path, spot, source.test_settings, n_steps))
+    arguments = {name: row.params for name, row in rows.items()}, path, spot, source.test_settings
+    positions = traces.compiled(
+        partial(_positions, {name: row.policy for name, row in rows.items()}, n_steps),
+        arguments,
+        made_from=made_from("positions", config, source),
+        compiler_options=options_for_seldom(),
+    )
+    along, over = on_host(positions(*arguments))
     sample_path = {"spot": path.spot, "time": np.arange(n_steps + 1) * config.market.years_per_step, **along}
     if spot is None:
         return sample_path, {}
@@ -153,18 +161,17 @@ def _shown(
     return sample_path, {"spot": spot, "decision": decisions, **at_decisions}
 
 
-@partial(jit_for_seldom, static_argnames=("policies", "n_steps"))
 def _positions(
-    policies: tuple[tuple[str, Policy], ...],
-    params: dict[str, Any],
+    policies: Mapping[str, Policy],
+    n_steps: int,
+    params: Mapping[str, Any],
     path: MarketPath,
     spot: Array | None,
     settings: Settings,
-    n_steps: int,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Hedge ratios, and bands where there are any, along a path; bands over spots; of all in one program."""
     sharing: dict[Policy, list[str]] = {}  # methods on one network are traced and compiled once
-    for name, policy in policies:
+    for name, policy in policies.items():
         sharing.setdefault(policy, []).append(name)
     along: dict[str, Array] = {}
     over: dict[str, Array] = {}

@@ -11,7 +11,7 @@ from jaxtyping import ArrayLike
 
 from dhlnn_jax.config import Config
 from dhlnn_jax.evaluate import HedgedPaths
-from dhlnn_jax.fleet import fleet_evaluator, stacked
+from dhlnn_jax.fleet import TRACED_OPTIONS, fleet_evaluator, stacked
 from dhlnn_jax.hedge import DELTAS
 from dhlnn_jax.hedger import Hedger, Policy, policy_of
 from dhlnn_jax.market import MarketPath
@@ -22,6 +22,7 @@ from dhlnn_jax.optimal import solve_contract
 from dhlnn_jax.payoff import CLAIMS
 from dhlnn_jax.pnl import COST_MODELS, Contract
 from dhlnn_jax.settings import Settings
+from dhlnn_jax.source import Source
 
 Params = Any
 
@@ -120,6 +121,23 @@ def build_update(
         inner_update=nested.inner_update,
         linearization=nested.linearization,
     )
+
+
+def made_from(name: str, config: Config, source: Source) -> Any | None:
+    """Of a configuration, all that a method's training program depends on, for `traces.compiled`.
+
+    None if the configuration does not say it: recorded prices, which the program holds, and samplers from
+    elsewhere.
+    """
+    if not source.from_config:
+        return None
+    values = config.model_dump(mode="json")
+    for part in ("out", "seed", "methods", "evaluation"):
+        del values[part]
+    for option in TRACED_OPTIONS:
+        section, number = option.split(".")
+        values[section][number] = None
+    return name, values
 
 
 def _schedule(config: Config, rate: Any, epochs: Any = None) -> optax.Schedule:

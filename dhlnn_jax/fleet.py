@@ -29,6 +29,17 @@ Params = Any
 
 BLOCK_PATHS = 10_000  # test paths at a time
 
+# In what members may differ and sweeps vary, since it reaches programs as a traced number; and how figures
+# call it.
+TRACED_OPTIONS = {
+    "cost.rate": "cost rate (fraction of the traded notional)",
+    "contract.strike": "strike (money)",
+    "market.volatility": "volatility (per √year)",
+    "risk.risk_aversion": "risk aversion λ (1/money)",
+    "training.learning_rate": "learning rate (pure number)",
+    "nested.learning_rate": "learning rate of nested training (pure number)",
+}
+
 
 class Keys(NamedTuple):
     """What each role of a seed draws from; runs, fleets and studies fold in the same numbers."""

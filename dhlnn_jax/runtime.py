@@ -1,4 +1,4 @@
-"""What a script settles before JAX starts: devices, processes, and the cache of compiled programs."""
+"""What a script settles before JAX starts: devices, processes, and what is kept of its programs."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from jax.sharding import AxisType, Mesh
 
+from dhlnn_jax import traces
 from dhlnn_jax.errors import UsageError
 
 
@@ -21,12 +22,12 @@ def _n_cores() -> int:
 
 
 def prepare(*, devices: int | None = None) -> None:
-    """Keeps compiled programs between runs, and makes a CPU as many devices as are asked for.
+    """Keeps traced and compiled programs between runs, and makes a CPU as many devices as are asked for.
 
     Args:
       devices: on a CPU; None: one for each core. An accelerator's are counted by JAX.
     Numerics: does nothing to devices once JAX has started. JAX's environment variables
-      for its cache are kept where they are set.
+      for its cache are kept where they are set; one that turns it off turns off that of traces, too.
     """
     ours = {
         "jax_compilation_cache_dir": str(cache_folder() / "programs"),
@@ -36,6 +37,8 @@ def prepare(*, devices: int | None = None) -> None:
     for option, value in ours.items():
         if option.upper() not in os.environ:
             jax.config.update(option, value)
+    keeps = jax.config.values["jax_enable_compilation_cache"]
+    traces.keep_in(cache_folder() / "traces" if keeps else None)
     try:
         jax.config.update("jax_num_cpu_devices", devices or _n_cores())
     except RuntimeError:

@@ -29,6 +29,7 @@ class Source(NamedTuple):
       test_settings: what hedgers go by on the test paths (another volatility, if it is refreshed).
       market_settings: what the test paths were drawn with (simulated markets).
       notes: what the user should know about the data, one line each.
+      from_config: the configuration says all of `train`.
     """
 
     train: Sampler
@@ -38,6 +39,7 @@ class Source(NamedTuple):
     test_settings: Settings
     market_settings: Settings
     notes: tuple[str, ...]
+    from_config: bool = False
 
 
 def settings_of(config: Config, *, volatility: float | None = None) -> Settings:
@@ -100,7 +102,9 @@ def make_sources(configs: Sequence[Config], key: PRNGKeyArray) -> list[Source]:
         refreshed = config.evaluation.volatility_seen == "refreshed"
         test_settings = settings._replace(volatility=market_settings.volatility) if refreshed else settings
         paths, groups = drawn[seen]
-        sources.append(Source(train, paths, groups, settings, test_settings, market_settings, notes=()))
+        sources.append(
+            Source(train, paths, groups, settings, test_settings, market_settings, notes=(), from_config=True)
+        )
     return sources
 
 

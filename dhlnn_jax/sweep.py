@@ -17,23 +17,13 @@ from dhlnn_jax.case import Case, make_case
 from dhlnn_jax.config import Config, make_config
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.fitting import rate_option
-from dhlnn_jax.fleet import keys_of
+from dhlnn_jax.fleet import TRACED_OPTIONS, keys_of
 from dhlnn_jax.measured import Row, case_metrics, measured_rows
 from dhlnn_jax.methods import METHODS
 from dhlnn_jax.notes import no_liability, not_trading_is_optimal, notes_of
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.results import machine, write_json
 from dhlnn_jax.source import make_sources
-
-# What may be swept, since it reaches compiled programs as a traced number; and how figures call it.
-OPTIONS = {
-    "cost.rate": "cost rate (fraction of the traded notional)",
-    "contract.strike": "strike (money)",
-    "market.volatility": "volatility (per √year)",
-    "risk.risk_aversion": "risk aversion λ (1/money)",
-    "training.learning_rate": "learning rate (pure number)",
-    "nested.learning_rate": "learning rate of nested training (pure number)",
-}
 
 SweepResults = dict[str, Any]
 
@@ -44,7 +34,7 @@ def sweep(config: Config, over: Mapping[str, Sequence[float]]) -> SweepResults:
     Args:
       config: `seeds` hedgers of each trained method are trained at each point; `evaluation.epochs` are not
         measured.
-      over: option (one of OPTIONS) -> its values; several options make a grid, the first varying slowest.
+      over: one of TRACED_OPTIONS -> its values; several options make a grid, the first varying slowest.
     Returns: contents of sweep.json: "over"; "points", in the order of the grid, each with "at" (option ->
       value), "methods", "paired" and "optimum" as in metrics.json, "notes", "not_trading_is_optimal" and
       "no_liability"; "notes" on the sweep; "seconds", training and compilation by method; "config",
@@ -99,8 +89,8 @@ def label_of_point(at: Mapping[str, float]) -> str:
 
 def _check(config: Config, over: Mapping[str, Sequence[float]]) -> None:
     for name, values in over.items():
-        if name not in OPTIONS:
-            raise UsageError(f"--over {name}: cannot be swept; allowed: {', '.join(OPTIONS)}")
+        if name not in TRACED_OPTIONS:
+            raise UsageError(f"--over {name}: cannot be swept; allowed: {', '.join(TRACED_OPTIONS)}")
         if not values:
             raise UsageError(f"--over {name} needs values, as --over {name} 1 2 3")
         if len(set(values)) < len(values):
@@ -175,7 +165,7 @@ def parse_over(arguments: Sequence[str]) -> tuple[dict[str, list[float]], list[s
         while rest and not rest[0].startswith("--"):
             given += [part for part in rest.pop(0).split(",") if part]
         if not given:
-            raise UsageError(f"--over needs an option and its values; allowed: {', '.join(OPTIONS)}")
+            raise UsageError(f"--over needs an option and its values; allowed: {', '.join(TRACED_OPTIONS)}")
         name, values = given[0].replace("-", "_"), given[1:]
         if name in over:
             raise UsageError(f"--over {name} is given twice; list all values after one")
@@ -186,5 +176,5 @@ def parse_over(arguments: Sequence[str]) -> tuple[dict[str, list[float]], list[s
         if not np.all(np.isfinite(over[name])):
             raise UsageError(f"--over {name} takes finite numbers, got {' '.join(values)}")
     if not over:
-        raise UsageError(f"give --over OPTION VALUE ...; allowed: {', '.join(OPTIONS)}")
+        raise UsageError(f"give --over OPTION VALUE ...; allowed: {', '.join(TRACED_OPTIONS)}")
     return over, others

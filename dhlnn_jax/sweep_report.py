@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from dhlnn_jax.config import make_config
 from dhlnn_jax.figures import OBJECTIVE_LABELS, plt, styles_of
+from dhlnn_jax.fleet import TRACED_OPTIONS
 from dhlnn_jax.report import COLUMNS, cell, label_of, objective_metric, regret_cells, tail_not_estimable
-from dhlnn_jax.sweep import OPTIONS, SweepResults, label_of_point
+from dhlnn_jax.sweep import SweepResults, label_of_point
 
 Point = dict[str, Any]
 
@@ -171,7 +172,7 @@ def _draw(axis: Any, points: list[Point], first: str, number: Number) -> None:
     if len(x) <= 8:
         axis.set_xticks(x, [f"{value:g}" for value in x])
         axis.minorticks_off()
-    axis.set_xlabel(OPTIONS[first])
+    axis.set_xlabel(TRACED_OPTIONS[first])
     axis.grid(alpha=0.3)
 
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
+from dhlnn_jax import traces
 from dhlnn_jax.checkpoint import Checkpoints
 from dhlnn_jax.compiling import jit_for_seldom, options_for_often
 from dhlnn_jax.evaluate import Measurement, as_report, measure, standard_errors
-from dhlnn_jax.fitting import build_hedger, build_update, learning_rate, make_contract, remedy
+from dhlnn_jax.fitting import build_hedger, build_update, learning_rate, made_from, make_contract, remedy
 from dhlnn_jax.fleet import (
     Layout,
     Member,
@@ -141,13 +142,15 @@ class _Trainer:
             self._arguments = self._layout.place(self._arguments)
 
         began = time.perf_counter()
-        program = jax.jit(
+        self._compiled = traces.compiled(
             self._program(),
-            donate_argnums=0,
+            (self._state, *self._arguments, np.int32(0)),
+            made_from=made_from(name, config, members[0].source),
+            returns=(state, TrainInfo._make(TrainInfo._fields)),
+            donate_first=True,
             out_shardings=self._layout.everywhere,
             compiler_options=options_for_often(),
         )
-        self._compiled = program.lower(self._state, *self._arguments, np.int32(0)).compile()
         self._log["compile_seconds"] += time.perf_counter() - began
         self._seconds_an_epoch = 0.0
 

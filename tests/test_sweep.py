@@ -12,9 +12,10 @@ from dhlnn_jax import sweep_report
 from dhlnn_jax.command_line import main
 from dhlnn_jax.config import load_config
 from dhlnn_jax.fitting import make_contract
+from dhlnn_jax.fleet import TRACED_OPTIONS
 from dhlnn_jax.optimal import optimal_policies, optimal_policy, solve_contract
 from dhlnn_jax.source import make_sources
-from dhlnn_jax.sweep import OPTIONS, sweep
+from dhlnn_jax.sweep import sweep
 
 SMOKE = str(CONFIGS / "smoke.toml")
 FEW = ("--methods", "dhntb", "bsdh", "--training.epochs", "4")
@@ -132,7 +133,7 @@ def test_figure_shows_every_method_and_says_where_not_trading_is_optimal(which, 
     legend = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
     assert {"DHNTB", "Black–Scholes delta"} <= legend and any("no hedge" in label for label in legend)
     first = next(iter(results["over"]))
-    assert all(axis.get_xlabel() == OPTIONS[first] for axis in figure.axes)
+    assert all(axis.get_xlabel() == TRACED_OPTIONS[first] for axis in figure.axes)
     said = figure.axes[0].get_title(loc="left")
     assert ("not trading is optimal at cost.rate 0.03" in said) == (which == "swept")
     assert ("training.learning_rate 0.001" in said) == (which == "grid")
@@ -185,7 +186,7 @@ def test_mistakes_are_one_line(arguments, said, capsys, tmp_path):
 def test_help_names_the_options(capsys):
     assert main("sweep", ["--help"]) == 0 and main("sweep", []) == 2
     out, err = capsys.readouterr()
-    assert out == err and all(name in out for name in OPTIONS) and "--over" in out
+    assert out == err and all(name in out for name in TRACED_OPTIONS) and "--over" in out
 
 
 # --- compilations -------------------------------------------------------------------------------------
