@@ -140,6 +140,13 @@ def made_from(name: str, config: Config, source: Source) -> Any | None:
     return name, values
 
 
+def evaluation_made_from(name: str, config: Config, source: Source) -> str | None:
+    """The same of a method's policy and contract, alike for methods that share a network."""
+    network = METHODS[name].make_hedger
+    told = made_from(f"evaluating {network.__name__ if network else name}", config, source)
+    return None if told is None else repr(told)
+
+
 def _schedule(config: Config, rate: Any, epochs: Any = None) -> optax.Schedule:
     training = config.training
     after = jnp.maximum((training.epochs if epochs is None else epochs) - training.warmup, 1)

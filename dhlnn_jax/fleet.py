@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
-from dhlnn_jax.compiling import jit_for_seldom
+from dhlnn_jax import traces
+from dhlnn_jax.compiling import jit_for_seldom, options_for_seldom
 from dhlnn_jax.config import Config
 from dhlnn_jax.evaluate import HedgedPaths, hedged_paths
 from dhlnn_jax.hedger import Policy
@@ -160,18 +161,25 @@ Evaluator = Callable[[Params, Sequence[MarketPath], Settings], HedgedPaths]
 
 
 @lru_cache(maxsize=32)  # the same policy asked for again is not compiled again
-def fleet_evaluator(policy: Policy, contract: Contract, *, mesh: Mesh | None = None) -> Evaluator:
+def fleet_evaluator(
+    policy: Policy, contract: Contract, *, mesh: Mesh | None = None, made_from: str | None = None
+) -> Evaluator:
     """`hedged_paths` of one policy for many members, in blocks, so that any number of paths compiles once.
 
     Args:
       mesh: devices that share the members, as in `over_members`.
+      made_from: of policy and contract, as `traces.compiled` takes it.
     Returns: `evaluate(params [n_members, ...], paths, settings [n_members]) -> HedgedPaths` with arrays
       [n_members, n_paths] on the host; paths: those of each member, equally many.
     """
-    block = jit_for_seldom(
+    block = traces.jit(
         over_members(
             lambda params, paths, settings: hedged_paths(policy, params, paths, contract, settings), mesh=mesh
-        )
+        ),
+        made_from=made_from,
+        returns=HedgedPaths._make(HedgedPaths._fields),
+        in_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec(*mesh.axis_names)),
+        compiler_options=options_for_seldom(),
     )
 
     def evaluate(params: Params, paths: Sequence[MarketPath], settings: Settings) -> HedgedPaths:

@@ -25,7 +25,7 @@ from dhlnn_jax.evaluate import (
     regret_report,
     standard_errors,
 )
-from dhlnn_jax.fitting import build_policy
+from dhlnn_jax.fitting import build_policy, evaluation_made_from
 from dhlnn_jax.fleet import Member, fleet_evaluator, layout_of, member_of, on_host, seeds_of, stacked
 from dhlnn_jax.hedger import Policy
 from dhlnn_jax.methods import METHODS
@@ -118,7 +118,12 @@ def _rows(
         which = first.config.measured_parameters
         params = stacked([getattr(one, which) for one in trained.members])
     layout = layout_of(len(members), n_paths=1, devices=first.config.training.devices)
-    evaluate = fleet_evaluator(policy, first.contract, mesh=layout.members)
+    evaluate = fleet_evaluator(
+        policy,
+        first.contract,
+        mesh=layout.members,
+        made_from=evaluation_made_from(name, first.config, first.source),
+    )
     money = evaluate(
         params,
         [member.source.test for member in members],

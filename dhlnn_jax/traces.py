@@ -23,6 +23,8 @@ from typing import Any
 import jax
 import jax.export
 
+from dhlnn_jax.compiling import CompilerOptions
+
 _folder: Path | None = None
 _began = time.time()
 
@@ -40,9 +42,10 @@ def compiled(
     made_from: Any,
     returns: Any = None,
     donate_first: bool = False,
-    **options: Any,
+    compiler_options: CompilerOptions | None = None,
+    **shardings: Any,
 ) -> Callable[..., Any]:
-    """`jax.jit(fn, **options).lower(*arguments).compile()`, without tracing if that was kept.
+    """`jax.jit(fn, ...).lower(*arguments).compile()`, without tracing if that was kept.
 
     Args:
       fn: of pytrees of arrays.
@@ -51,6 +54,7 @@ def compiled(
         cannot be said, and nothing is kept.
       returns: any tree of the structure that fn returns; not needed for dicts, lists and tuples.
       donate_first: the first argument's buffers are given away, as by donate_argnums.
+      shardings: in_shardings and out_shardings, one for all arrays.
     Numerics: what is kept is the traced program itself, so results are the same.
     """
     leaves, structure = jax.tree.flatten(arguments)
@@ -61,16 +65,39 @@ def compiled(
         return value if returned is None else tuple(jax.tree.leaves(value))
 
     n_donated = len(jax.tree.leaves(arguments[0])) if donate_first else 0
-    jit = partial(jax.jit, donate_argnums=range(n_donated), out_shardings=options.pop("out_shardings", None))
+    jit = partial(jax.jit, donate_argnums=range(n_donated), **shardings)
     path = _path(made_from, leaves, structure, returned)
     kept = None if path is None else _read(path) or _trace(jit(flat), leaves, path)
-    program = jit(flat if kept is None else kept.call, **options).lower(*leaves).compile()
+    program = jit(flat if kept is None else kept.call, compiler_options=compiler_options)
+    ready = program.lower(*leaves).compile()
 
     def call(*arguments: Any) -> Any:
-        value = program(*jax.tree.leaves(arguments))
+        value = ready(*jax.tree.leaves(arguments))
         return value if returned is None else jax.tree.unflatten(returned, value)
 
     return call
+
+
+def jit(fn: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    """`compiled` at the first call with arguments of new structure, shapes or types.
+
+    Args:
+      how: made_from and what else `compiled` takes.
+    """
+    programs: dict[Any, Callable[..., Any]] = {}
+
+    def call(*arguments: Any) -> Any:
+        leaves, structure = jax.tree.flatten(arguments)
+        signature = structure, _described(leaves)
+        if signature not in programs:
+            programs[signature] = compiled(fn, arguments, **how)
+        return programs[signature](*arguments)
+
+    return call
+
+
+def _described(leaves: list[Any]) -> tuple[tuple[str, str], ...]:
+    return tuple((str(jax.typeof(x)), str(getattr(x, "sharding", None))) for x in leaves)
 
 
 def _path(made_from: Any, leaves: list[Any], *structures: Any) -> Path | None:
@@ -84,8 +111,7 @@ def _path(made_from: Any, leaves: list[Any], *structures: Any) -> Path | None:
         return None
     configuration = sorted(jax.config.values.items())
     devices = [device.device_kind for device in jax.devices()]
-    of_arguments = [(str(jax.typeof(x)), str(getattr(x, "sharding", None))) for x in leaves]
-    told = made_from, sources, _versions(), configuration, devices, of_arguments, *map(str, structures)
+    told = made_from, sources, _versions(), configuration, devices, _described(leaves), *map(str, structures)
     return _folder / f"{hashlib.sha256(repr(told).encode()).hexdigest()}.stablehlo"
 
 

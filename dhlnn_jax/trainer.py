@@ -19,7 +19,15 @@ from dhlnn_jax import traces
 from dhlnn_jax.checkpoint import Checkpoints
 from dhlnn_jax.compiling import jit_for_seldom, options_for_often
 from dhlnn_jax.evaluate import Measurement, as_report, measure, standard_errors
-from dhlnn_jax.fitting import build_hedger, build_update, learning_rate, made_from, make_contract, remedy
+from dhlnn_jax.fitting import (
+    build_hedger,
+    build_update,
+    evaluation_made_from,
+    learning_rate,
+    made_from,
+    make_contract,
+    remedy,
+)
 from dhlnn_jax.fleet import (
     Layout,
     Member,
@@ -280,7 +288,10 @@ class _Validation:
     def __init__(self, name: str, members: Sequence[Member], keys: Sequence[PRNGKeyArray], layout: Layout):
         config = members[0].config
         self.evaluate = fleet_evaluator(
-            policy_of(build_hedger(name, config)), make_contract(config), mesh=layout.members
+            policy_of(build_hedger(name, config)),
+            make_contract(config),
+            mesh=layout.members,
+            made_from=evaluation_made_from(name, config, members[0].source),
         )
         self._objective = OBJECTIVES[config.risk.kind]
         draw = jit_for_seldom(members[0].source.train, static_argnums=1)

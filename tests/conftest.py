@@ -28,6 +28,15 @@ import pytest  # noqa: E402
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(autouse=True)
+def nothing_traced_is_kept():
+    """A test that runs a script leaves no other test with programs that were traced before."""
+    from dhlnn_jax import traces
+
+    yield
+    traces.keep_in(None)
+
+
 @pytest.fixture
 def key():
     return jax.random.key(20250217)

@@ -3,7 +3,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from runs import CONFIGS, TRAINED
 
-from dhlnn_jax import traces, trainer
+from dhlnn_jax import experiment, traces, trainer
 from dhlnn_jax.config import make_config
-from dhlnn_jax.fitting import made_from
-from dhlnn_jax.fleet import TRACED_OPTIONS, keys_of, seeds_of
+from dhlnn_jax.fitting import build_hedger, build_policy, evaluation_made_from, made_from, make_contract
+from dhlnn_jax.fleet import TRACED_OPTIONS, fleet_evaluator, keys_of, seeds_of, stacked
+from dhlnn_jax.measured import Row
+from dhlnn_jax.methods import METHODS
+from dhlnn_jax.optimal import OptimalHedge, optimal_policies
 from dhlnn_jax.source import make_source
 
 ROOT = Path(__file__).parents[1]
@@ -30,9 +33,8 @@ class Two(NamedTuple):
 @pytest.fixture
 def folder(tmp_path):
     pytest.importorskip("flatbuffers")
-    traces.keep_in(tmp_path / "traces")
-    yield tmp_path / "traces"
-    traces.keep_in(None)
+    traces.keep_in(tmp_path / "traces")  # conftest ends it
+    return tmp_path / "traces"
 
 
 @pytest.fixture
@@ -214,27 +216,77 @@ def small(**changes):
     return make_config(values, source="test")
 
 
-def program_text(name, config, monkeypatch):
-    """What a method's training program is as the compiler gets it, and what it is said to be made from."""
-    seen = {}
+def recorded(monkeypatch, work):
+    """Programs that `work()` would keep, as the compiler gets them, and what each is said to be made from."""
+    seen = []
 
     def record(fn, arguments, *, made_from, **options):
-        seen["text"] = jax.jit(fn).lower(*arguments).as_text()
-        seen["made_from"] = repr(made_from)
+        seen.append((jax.jit(fn).lower(*arguments).as_text(), repr(made_from)))
+        return jax.jit(fn)
 
-    monkeypatch.setattr(trainer.traces, "compiled", record)
-    source = make_source(config, keys_of(config.seed).test)
-    trainer._Trainer(name, seeds_of(config, source), trainer.Checkpoints(None), lambda i, m: {})
-    return seen["text"], seen["made_from"]
+    monkeypatch.setattr(traces, "compiled", record)
+    work()
+    assert all(told != "None" for _, told in seen)
+    return seen
+
+
+OTHER_NUMBERS = {option.replace(".", "__"): 0.123 for option in TRACED_OPTIONS}
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_numbers_that_a_kept_program_is_not_told_are_not_in_it(name, monkeypatch):
+def test_numbers_that_a_kept_training_program_is_not_told_are_not_in_it(name, monkeypatch):
     """The danger of keeping: a number that is constant in the program, and not in what it goes by."""
-    numbers = {option.replace(".", "__"): 0.123 for option in TRACED_OPTIONS}
-    changed = small(seed=7, out="elsewhere", methods=("dhntb", "dhmlp"), evaluation__n_paths=24, **numbers)
-    first, second = (program_text(name, config, monkeypatch) for config in (small(), changed))
-    assert first == second
+
+    def of(config):
+        source = make_source(config, keys_of(config.seed).test)
+        return recorded(
+            monkeypatch,
+            lambda: trainer._Trainer(
+                name, seeds_of(config, source), trainer.Checkpoints(None), lambda i, m: {}
+            ),
+        )
+
+    others = {"seed": 7, "out": "elsewhere", "methods": ("dhntb", "dhmlp"), "evaluation__n_paths": 24}
+    assert of(small()) == of(small(**others, **OTHER_NUMBERS)) != []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_numbers_that_a_kept_evaluation_is_not_told_are_not_in_it(name, monkeypatch):
+    def of(config):
+        source = make_source(config, keys_of(0).test)
+        params, contract = None, make_contract(config)
+        if name == "optimal":
+            edges = np.zeros((4, 5)), np.ones((4, 5))
+            policy, params = optimal_policies(
+                [OptimalHedge(0.0, 0.0, np.arange(1.0, 6.0), *edges, (0, 1), ())]
+            )
+        else:
+            policy = build_policy(name, config, source.market_settings)
+        if METHODS[name].trained:
+            params = jax.vmap(build_hedger(name, config).init)(jax.random.split(jax.random.key(0), 1))
+        fleet_evaluator.cache_clear()
+        evaluate = fleet_evaluator(policy, contract, made_from=evaluation_made_from(name, config, source))
+        return recorded(monkeypatch, lambda: evaluate(params, [source.test], stacked([source.test_settings])))
+
+    assert of(small()) == of(small(seed=7, **OTHER_NUMBERS)) != []
+    fleet_evaluator.cache_clear()
+
+
+def test_numbers_that_the_kept_figures_are_not_told_are_not_in_them(monkeypatch, tmp_path):
+    methods = ("dhlnn", "dhntb", "dhmlp", "whalley_wilmott", "bsdh", "no_hedge")
+    nothing: Any = None
+
+    def of(config):
+        source = make_source(config, keys_of(0).test)
+        key = jax.random.key(0)
+        rows = {}
+        for name in methods:
+            params = build_hedger(name, config).init(key) if METHODS[name].trained else None
+            policy = build_policy(name, config, source.market_settings)
+            rows[name] = Row((), nothing, nothing, policy, params, None)
+        return recorded(monkeypatch, lambda: experiment._shown(rows, config, source))
+
+    assert of(small(methods=methods)) == of(small(methods=methods, seed=7, **OTHER_NUMBERS)) != []
 
 
 @pytest.mark.parametrize(
@@ -286,7 +338,9 @@ def test_second_run_traces_no_training_step_and_gives_the_same(tmp_path):
         assert done.returncode == 0, done.stderr
         traced.append(done.stderr.count("TRACED"))
     assert traced == [2, 0]
-    assert len(list((tmp_path / "cache" / "dhlnn_jax" / "traces").iterdir())) == 3  # with the figures'
+    # Two training steps, the figures, and evaluations: of each network on as many paths as validation and
+    # tests have, of the optimum and of no hedge.
+    assert len(list((tmp_path / "cache" / "dhlnn_jax" / "traces").iterdir())) == 2 + 1 + 4 + 2
     for name in ("sample_path", "bands", "pnl"):
         one, two = (np.load(tmp_path / run / f"{name}.npz") for run in ("first", "second"))
         assert set(one) == set(two)
