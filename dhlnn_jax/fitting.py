@@ -140,10 +140,13 @@ def made_from(name: str, config: Config, source: Source) -> Any | None:
     return name, values
 
 
-def evaluation_made_from(name: str, config: Config, source: Source) -> str | None:
-    """The same of a method's policy and contract, alike for methods that share a network."""
+def shared_made_from(what: str, name: str, config: Config, source: Source) -> str | None:
+    """The same of a program that methods on one network share, as its evaluation; `what` says which program.
+
+    Returns: one string for all of these methods.
+    """
     network = METHODS[name].make_hedger
-    told = made_from(f"evaluating {network.__name__ if network else name}", config, source)
+    told = made_from(f"{what} {network.__name__ if network else name}", config, source)
     return None if told is None else repr(told)
 
 

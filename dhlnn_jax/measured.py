@@ -25,7 +25,7 @@ from dhlnn_jax.evaluate import (
     regret_report,
     standard_errors,
 )
-from dhlnn_jax.fitting import build_policy, evaluation_made_from
+from dhlnn_jax.fitting import build_policy, shared_made_from
 from dhlnn_jax.fleet import Member, fleet_evaluator, layout_of, member_of, on_host, seeds_of, stacked
 from dhlnn_jax.hedger import Policy
 from dhlnn_jax.methods import METHODS
@@ -122,7 +122,7 @@ def _rows(
         policy,
         first.contract,
         mesh=layout.members,
-        made_from=evaluation_made_from(name, first.config, first.source),
+        made_from=shared_made_from("evaluating", name, first.config, first.source),
     )
     money = evaluate(
         params,

@@ -225,6 +225,8 @@ def compile_time(options: argparse.Namespace) -> Answer:
         for name, each in answers.items()
     }
     print_rows(rows)
-    print("warm programs are fetched from the persistent cache, and counted all the same; the seconds that XLA")
+    print(
+        "warm programs are fetched from the persistent cache, and counted all the same; the seconds that XLA"
+    )
     print("does not take are tracing and lowering by Python, saved for those that a run keeps as traced")
     return {"ours": {**rows["quickstart, cold"], "by_program": rows}}

@@ -6,7 +6,7 @@ of one.
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +17,16 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from dhlnn_jax import traces
 from dhlnn_jax.checkpoint import Checkpoints
-from dhlnn_jax.compiling import jit_for_seldom, options_for_often
+from dhlnn_jax.compiling import jit_for_seldom, options_for_often, options_for_seldom
 from dhlnn_jax.evaluate import Measurement, as_report, measure, standard_errors
 from dhlnn_jax.fitting import (
     build_hedger,
     build_update,
-    evaluation_made_from,
     learning_rate,
     made_from,
     make_contract,
     remedy,
+    shared_made_from,
 )
 from dhlnn_jax.fleet import (
     Layout,
@@ -138,7 +138,8 @@ class _Trainer:
         def begin(params: Params, rate: Array) -> TrainState:
             return first_state(params, build_update(name, config, rate))
 
-        params = _initial_params(hedger.init, jnp.stack([key.init for key in keys]))
+        told = shared_made_from("initial parameters of", name, config, members[0].source)
+        params = _initial_params(hedger.init, told)(jnp.stack([key.init for key in keys]))
         state = on_host(jit_for_seldom(over_members(begin))(params, rates))
         saved = checkpoints.latest(_Saved(state, state.params))
         (state, self._best_params), self._log = saved or (_Saved(state, state.params), _new_log(len(members)))
@@ -291,7 +292,7 @@ class _Validation:
             policy_of(build_hedger(name, config)),
             make_contract(config),
             mesh=layout.members,
-            made_from=evaluation_made_from(name, config, members[0].source),
+            made_from=shared_made_from("evaluating", name, config, members[0].source),
         )
         self._objective = OBJECTIVES[config.risk.kind]
         draw = jit_for_seldom(members[0].source.train, static_argnums=1)
@@ -307,9 +308,11 @@ class _Validation:
 # Compiled once for all methods that share a network or an objective.
 
 
-@partial(jit_for_seldom, static_argnums=0)
-def _initial_params(init: Callable[[PRNGKeyArray], Params], keys: Array) -> Params:
-    return over_members(init)(keys)
+@lru_cache(maxsize=32)
+def _initial_params(
+    init: Callable[[PRNGKeyArray], Params], made_from: str | None
+) -> Callable[[PRNGKeyArray], Params]:
+    return traces.jit(over_members(init), made_from=made_from, compiler_options=options_for_seldom())
 
 
 @partial(jit_for_seldom, static_argnums=0)

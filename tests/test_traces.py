@@ -13,7 +13,7 @@ from runs import CONFIGS, TRAINED
 
 from dhlnn_jax import experiment, traces, trainer
 from dhlnn_jax.config import make_config
-from dhlnn_jax.fitting import build_hedger, build_policy, evaluation_made_from, made_from, make_contract
+from dhlnn_jax.fitting import build_hedger, build_policy, made_from, make_contract, shared_made_from
 from dhlnn_jax.fleet import TRACED_OPTIONS, fleet_evaluator, keys_of, seeds_of, stacked
 from dhlnn_jax.measured import Row
 from dhlnn_jax.methods import METHODS
@@ -225,7 +225,9 @@ def recorded(monkeypatch, work):
         return jax.jit(fn)
 
     monkeypatch.setattr(traces, "compiled", record)
+    trainer._initial_params.cache_clear()
     work()
+    trainer._initial_params.cache_clear()
     assert all(told != "None" for _, told in seen)
     return seen
 
@@ -265,7 +267,9 @@ def test_numbers_that_a_kept_evaluation_is_not_told_are_not_in_it(name, monkeypa
         if METHODS[name].trained:
             params = jax.vmap(build_hedger(name, config).init)(jax.random.split(jax.random.key(0), 1))
         fleet_evaluator.cache_clear()
-        evaluate = fleet_evaluator(policy, contract, made_from=evaluation_made_from(name, config, source))
+        evaluate = fleet_evaluator(
+            policy, contract, made_from=shared_made_from("evaluating", name, config, source)
+        )
         return recorded(monkeypatch, lambda: evaluate(params, [source.test], stacked([source.test_settings])))
 
     assert of(small()) == of(small(seed=7, **OTHER_NUMBERS)) != []
@@ -338,9 +342,9 @@ def test_second_run_traces_no_training_step_and_gives_the_same(tmp_path):
         assert done.returncode == 0, done.stderr
         traced.append(done.stderr.count("TRACED"))
     assert traced == [2, 0]
-    # Two training steps, the figures, and evaluations: of each network on as many paths as validation and
-    # tests have, of the optimum and of no hedge.
-    assert len(list((tmp_path / "cache" / "dhlnn_jax" / "traces").iterdir())) == 2 + 1 + 4 + 2
+    # Two training steps and initial parameters, the figures, and evaluations: of each network on as many
+    # paths as validation and tests have, of the optimum and of no hedge.
+    assert len(list((tmp_path / "cache" / "dhlnn_jax" / "traces").iterdir())) == 4 + 1 + 4 + 2
     for name in ("sample_path", "bands", "pnl"):
         one, two = (np.load(tmp_path / run / f"{name}.npz") for run in ("first", "second"))
         assert set(one) == set(two)
