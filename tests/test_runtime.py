@@ -148,3 +148,9 @@ def test_programs_are_kept_in_the_users_cache(tmp_path):
     assert run([sys.executable, "-c", code], env=kept).stdout.split() == ["elsewhere", "1", "0.0"]
     own = {**kept, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "3"}
     assert run([sys.executable, "-c", code], env=own).stdout.split() == ["elsewhere", "1", "3.0"]
+    code = "from dhlnn_jax import runtime, traces; runtime.prepare(devices=1); print(traces._folder)"
+    assert run([sys.executable, "-c", code], env=kept).stdout.split() == [
+        str(tmp_path / "dhlnn_jax" / "traces")
+    ]
+    without = {**kept, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    assert run([sys.executable, "-c", code], env=without).stdout.split() == ["None"]

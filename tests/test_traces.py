@@ -75,6 +75,18 @@ def test_structure_need_not_be_said_of_dicts(folder):
     assert len(list(folder.iterdir())) == 1
 
 
+def test_jit_has_a_program_for_each_type_of_arguments(folder, count):
+    both = traces.jit(count, made_from="both", returns=Two(0, 0))
+    for _ in range(2):
+        np.testing.assert_array_equal(both(*ARGUMENTS).sum, [2.0, 3.0, 4.0])
+        assert both({"a": np.arange(3)}, np.int32(2)).sum.dtype.kind == "i"
+    assert count.traced == 2
+    np.testing.assert_array_equal(
+        traces.jit(count, made_from="both", returns=Two(0, 0))(*ARGUMENTS).sum, [2, 3, 4]
+    )
+    assert count.traced == 2
+
+
 def test_nothing_is_kept_unless_asked_for(tmp_path, folder, count):
     compiled(count, made_from=None)(*ARGUMENTS)
     traces.keep_in(None)
