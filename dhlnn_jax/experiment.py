@@ -194,6 +194,7 @@ def _of_method(
     settings: Settings,
     n_steps: int,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What `_positions` has of one method; counted: its number in its group, and its parameters."""
     _, params = counted
     if policy.band is None:
         along = {"hedge_ratio": policy.hedge_ratio(params, path, settings)}

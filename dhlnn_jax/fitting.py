@@ -123,11 +123,13 @@ def build_update(
     )
 
 
-def made_from(name: str, config: Config, source: Source) -> Any | None:
-    """Of a configuration, all that a method's training program depends on, for `traces.compiled`.
+def made_from(what: str, config: Config, source: Source) -> str | None:
+    """Of a configuration, all that one of its programs depends on, for `traces.compiled`.
 
-    None if the configuration does not say it: recorded prices, which the program holds, and samplers from
-    elsewhere.
+    Args:
+      what: which program, the method's name for its training.
+    Returns: None if the configuration does not say it: recorded prices, which the program holds, and samplers
+      from elsewhere.
     """
     if not source.from_config:
         return None
@@ -137,17 +139,13 @@ def made_from(name: str, config: Config, source: Source) -> Any | None:
     for option in TRACED_OPTIONS:
         section, number = option.split(".")
         values[section][number] = None
-    return name, values
+    return f"{what} {values!r}"
 
 
 def shared_made_from(what: str, name: str, config: Config, source: Source) -> str | None:
-    """The same of a program that methods on one network share, as its evaluation; `what` says which program.
-
-    Returns: one string for all of these methods.
-    """
+    """The same of a program that methods on one network share, as its evaluation; alike for all of them."""
     network = METHODS[name].make_hedger
-    told = made_from(f"{what} {network.__name__ if network else name}", config, source)
-    return None if told is None else repr(told)
+    return made_from(f"{what} {network.__name__ if network else name}", config, source)
 
 
 def _schedule(config: Config, rate: Any, epochs: Any = None) -> optax.Schedule:

@@ -225,8 +225,6 @@ def compile_time(options: argparse.Namespace) -> Answer:
         for name, each in answers.items()
     }
     print_rows(rows)
-    print(
-        "warm programs are fetched from the persistent cache, and counted all the same; the seconds that XLA"
-    )
-    print("does not take are tracing and lowering by Python, saved for those that a run keeps as traced")
+    print("warm programs are fetched from the persistent cache, and counted all the same; the seconds that")
+    print("XLA does not take are tracing and lowering by Python, saved for what a run keeps as traced")
     return {"ours": {**rows["quickstart, cold"], "by_program": rows}}

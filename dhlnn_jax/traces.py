@@ -39,7 +39,7 @@ def compiled(
     fn: Callable[..., Any],
     arguments: tuple[Any, ...],
     *,
-    made_from: Any,
+    made_from: str | None,
     returns: Any = None,
     donate_first: bool = False,
     compiler_options: CompilerOptions | None = None,
@@ -50,8 +50,8 @@ def compiled(
     Args:
       fn: of pytrees of arrays.
       arguments: an example of each, laid out over devices as they will be.
-      made_from: what fn depends on and its arguments do not say, with a repr that tells it all; None: that
-        cannot be said, and nothing is kept.
+      made_from: all that fn depends on and its arguments do not say; None: that cannot be said, and nothing
+        is kept.
       returns: any tree of the structure that fn returns; not needed for dicts, lists and tuples.
       donate_first: the first argument's buffers are given away, as by donate_argnums.
       shardings: in_shardings and out_shardings, one for all arrays.
@@ -79,7 +79,7 @@ def compiled(
 
 
 def jit(fn: Callable[..., Any], **how: Any) -> Callable[..., Any]:
-    """`compiled` at the first call with arguments of new structure, shapes or types.
+    """`compiled` at the first call with new structure, shapes or types of arguments, or configuration of JAX.
 
     Args:
       how: made_from and what else `compiled` takes.
@@ -88,7 +88,7 @@ def jit(fn: Callable[..., Any], **how: Any) -> Callable[..., Any]:
 
     def call(*arguments: Any) -> Any:
         leaves, structure = jax.tree.flatten(arguments)
-        signature = structure, _described(leaves)
+        signature = structure, _described(leaves), _configuration()
         if signature not in programs:
             programs[signature] = compiled(fn, arguments, **how)
         return programs[signature](*arguments)
@@ -100,7 +100,12 @@ def _described(leaves: list[Any]) -> tuple[tuple[str, str], ...]:
     return tuple((str(jax.typeof(x)), str(getattr(x, "sharding", None))) for x in leaves)
 
 
-def _path(made_from: Any, leaves: list[Any], *structures: Any) -> Path | None:
+def _configuration() -> str:
+    """JAX's, with what a context manager has changed."""
+    return repr(sorted(jax.config.values.items()))
+
+
+def _path(made_from: str | None, leaves: list[Any], *structures: Any) -> Path | None:
     """Where this program is kept; None if it is not to be."""
     if _folder is None or made_from is None:
         return None
@@ -109,9 +114,9 @@ def _path(made_from: Any, leaves: list[Any], *structures: Any) -> Path | None:
     sources = _sources()
     if sources is None:
         return None
-    configuration = sorted(jax.config.values.items())
     devices = [device.device_kind for device in jax.devices()]
-    told = made_from, sources, _versions(), configuration, devices, _described(leaves), *map(str, structures)
+    environment = sources, _versions(), _configuration(), devices
+    told = made_from, environment, _described(leaves), *map(str, structures)
     return _folder / f"{hashlib.sha256(repr(told).encode()).hexdigest()}.stablehlo"
 
 
@@ -125,9 +130,8 @@ def _sources() -> str | None:
 
     None if one of them was changed while this process ran: which version runs cannot be told then.
     """
-    installed = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-    loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    files = {Path(file) for file in loaded if file and not file.startswith(installed)}
+    named = (getattr(module, "__dict__", {}).get("__file__") for module in list(sys.modules.values()))
+    files = {Path(file) for file in named if isinstance(file, str) and not _installed(file)}
     digest = hashlib.sha256()
     for file in sorted(files.union(Path(__file__).parent.rglob("*.py"))):
         if not file.is_file():  # "<frozen ...>", or a module inside an archive
@@ -136,6 +140,13 @@ def _sources() -> str | None:
             return None
         digest.update(f"{file}\0{_digest(file)}".encode())
     return digest.hexdigest()
+
+
+def _installed(file: str) -> bool:
+    parts = Path(file).parts
+    return (
+        "site-packages" in parts or "dist-packages" in parts or file.startswith(sysconfig.get_path("stdlib"))
+    )
 
 
 @cache
