@@ -242,5 +242,5 @@ def sample_path(results: Results) -> Figure:
     below.set_xlabel("step (a hedge ratio is held until the next one)")
     below.set_ylabel("hedge ratio (units of the underlying)")
     below.grid(alpha=0.3)
-    below.legend(fontsize=8, ncols=2)
+    figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
