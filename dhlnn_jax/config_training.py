@@ -28,10 +28,10 @@ class ModelConfig(Section):
     prior: Literal["none", "whalley_wilmott"] = Field(
         "none", description="band networks learn a correction to this band; the correction starts at 0"
     )
-    clamp: Literal["scan", "parallel"] = Field(
-        "scan",
-        description="a band's recursion over time; parallel takes log2(n_steps) rounds, for accelerators: "
-        "on a CPU it is ten times slower",
+    clamp: Literal["auto", "scan", "parallel"] = Field(
+        "auto",
+        description="a band's recursion over time, parallel in log2(n_steps) rounds; auto: scan on a CPU, "
+        "where it is ten times faster, else the faster one, measured once for a horizon and kept",
     )
 
     @field_validator("hidden_sizes")

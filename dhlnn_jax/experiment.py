@@ -19,7 +19,7 @@ from dhlnn_jax.checkpoint import save_tree
 from dhlnn_jax.compiling import options_for_seldom
 from dhlnn_jax.config import Config
 from dhlnn_jax.figures import write_figures
-from dhlnn_jax.fitting import made_from
+from dhlnn_jax.fitting import clamp_of, made_from
 from dhlnn_jax.fleet import keys_of, on_host
 from dhlnn_jax.hedge import band_hedge
 from dhlnn_jax.hedger import Policy
@@ -88,6 +88,7 @@ def _run(config: Config, *, overwrite: bool, resume: bool) -> Results:
                 "compile": sum(method.compile_seconds for method in trained),
                 "train": sum(method.train_seconds for method in trained),
             },
+            "clamp": clamp_of(config) if trained else None,
             "settings": _numbers(source.settings),
             "market_settings": _numbers(source.market_settings),
             "n_test_paths": int(source.test.spot.shape[0]),

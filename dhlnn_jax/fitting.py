@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike
 
+from dhlnn_jax.clamp_choice import fastest_clamp
 from dhlnn_jax.config import Config
 from dhlnn_jax.evaluate import HedgedPaths
 from dhlnn_jax.fleet import TRACED_OPTIONS, fleet_evaluator, stacked
@@ -33,9 +34,9 @@ def build_hedger(name: str, config: Config) -> Hedger:
     assert method.make_hedger is not None
     # The paper's lineage centres the band of a lookback on the European delta.
     default = "european_put" if config.contract.kind == "european_put" else "european_call"
-    extra: dict[str, Any] = {"prior": model.prior, "clamp": model.clamp}
-    if method.recurrent:
-        extra = {"form": model.form}
+    extra: dict[str, Any] = {"form": model.form}
+    if not method.recurrent:
+        extra = {"prior": model.prior, "clamp": clamp_of(config)}
     return _hedger(
         method.make_hedger,
         features=tuple(model.features),
@@ -44,6 +45,11 @@ def build_hedger(name: str, config: Config) -> Hedger:
         centre_strike=model.centre_strike,
         **extra,
     )
+
+
+def clamp_of(config: Config) -> str:
+    """The form of the band's recursion over time: a key of `hedge.CLAMPS`."""
+    return fastest_clamp(config.market.n_steps) if config.model.clamp == "auto" else config.model.clamp
 
 
 @lru_cache(maxsize=32)  # methods of the same network share its hedger, and what is compiled of it

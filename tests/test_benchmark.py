@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dhlnn_jax import benchmark, clamp_time, processes, race, step_time, timing, workload
+from dhlnn_jax import benchmark, clamp_choice, processes, race, step_time, timing, workload
 from dhlnn_jax.errors import UsageError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -148,7 +148,7 @@ def test_step_without_the_peers_says_so_in_one_line_and_writes_ours(tmp_path, ca
 
 
 def test_clamp_times_both_forms_at_every_horizon(monkeypatch, capsys):
-    monkeypatch.setattr(clamp_time, "DECISIONS", 60)
+    monkeypatch.setattr(clamp_choice, "DECISIONS", 60)
     assert benchmark.main(["clamp", "--horizons", "3", "20", "--repeats", "1"]) == 0
     shown = capsys.readouterr().out
     assert [f"{n} steps, {kind}" in shown for n in (3, 20) for kind in ("scan", "parallel")] == [True] * 4
