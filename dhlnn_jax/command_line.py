@@ -26,6 +26,7 @@ Prints the table and redraws the figures of each results folder, from its files 
 
 
 _SWEEP_USAGE = """usage: python scripts/sweep.py CONFIG --over OPTION VALUE ... [--section.key value ...]
+                               [--overwrite | --resume]
 
 Trains every method of a TOML file (see configs/) at every value of an option, or at every point of a grid of
 several, all in one program a method, and writes sweep.json and sweep.png.
@@ -34,6 +35,7 @@ several, all in one program a method, and writes sweep.json and sweep.png.
   --seeds N                hedgers of each trained method at each point, from seeds seed, seed + 1, ...
   --out FOLDER             default: that of the config, with _sweep at its end
   --overwrite              replace an earlier sweep in the same folder
+  --resume                 go on with a sweep that was cut off, from its last checkpoints
   --section.key value      any other option of scripts/run.py (see its --help); evaluation.epochs is not used
 
 example, figure 6 of the paper (not trading is optimal at all its costs):
@@ -45,17 +47,14 @@ example, figure 6 of the paper (not trading is optimal at all its costs):
 def main(command: str, arguments: Sequence[str]) -> int:
     """Runs a script's command; returns its exit code, that of `script.exit_code`."""
     commands = {"run": _run, "report": _report, "sweep": _sweep}
-    rest = "; --resume goes on from the last checkpoint" if command == "run" else ", nothing was written"
+    rest = ", nothing was written" if command == "report" else "; --resume goes on from the last checkpoint"
     return exit_code(f"{command}.py", lambda: commands[command](list(arguments)), interrupted=rest)
 
 
 def _run(arguments: list[str]) -> None:
     show_help(lambda: _run_help(arguments), arguments)
-    flags = {flag: flag in arguments for flag in ("--overwrite", "--resume")}
-    path, *overrides = [argument for argument in arguments if argument not in flags] or [""]
+    flags, (path, *overrides) = _folder_flags(arguments)
     config_first(path, "run.py CONFIG [--section.key value ...]")
-    if all(flags.values()):
-        raise UsageError("--overwrite starts anew and --resume goes on: give one of them")
     several, overrides = _several(overrides)
     from dhlnn_jax import runtime
     from dhlnn_jax.config import load_config
@@ -66,15 +65,24 @@ def _run(arguments: list[str]) -> None:
 
     runtime.prepare(devices=config.training.devices)
     if several is not None:
-        if flags["--resume"]:
+        if flags["resume"]:
             raise UsageError("--resume is for one process; start the others anew, or resume without them")
         runtime.join(several[0], n_processes=several[1], process=several[2])
         if several[2] > 0:  # computes the same, keeps nothing
             with tempfile.TemporaryDirectory() as folder:
                 run(config.model_copy(update={"out": folder}))
             return
-    results = run(config, overwrite=flags["--overwrite"], resume=flags["--resume"])
+    results = run(config, **flags)
     report.print_report(results)
+
+
+def _folder_flags(arguments: list[str]) -> tuple[dict[str, bool], list[str]]:
+    """What may be done with a folder that is there, and the other arguments, at least one."""
+    flags = ("--overwrite", "--resume")
+    given = {flag.removeprefix("--"): flag in arguments for flag in flags}
+    if all(given.values()):
+        raise UsageError("--overwrite starts anew and --resume goes on: give one of them")
+    return given, [argument for argument in arguments if argument not in flags] or [""]
 
 
 def _several(arguments: list[str]) -> tuple[tuple[str, int, int] | None, list[str]]:
@@ -109,8 +117,7 @@ def _sweep(arguments: list[str]) -> None:
     from dhlnn_jax.sweep import claim_sweep, parse_over, sweep, write_sweep
 
     show_help(lambda: _SWEEP_USAGE.format(options=", ".join(TRACED_OPTIONS)), arguments)
-    overwrite = "--overwrite" in arguments
-    path, *rest = [argument for argument in arguments if argument != "--overwrite"] or [""]
+    flags, (path, *rest) = _folder_flags(arguments)
     config_first(path, "sweep.py CONFIG --over OPTION VALUE ...")
     over, overrides = parse_over(rest)
     from dhlnn_jax import runtime
@@ -119,11 +126,11 @@ def _sweep(arguments: list[str]) -> None:
     config = load_config(path, [*overrides, "--evaluation.epochs="])  # sweeps measure at the end only
     given = any(argument.split("=")[0] == "--out" for argument in overrides)
     folder = Path(config.out if given else f"{config.out}_sweep")
-    claim_sweep(folder, overwrite=overwrite)
+    checkpoints = claim_sweep(folder, **flags)
     from dhlnn_jax.sweep_report import print_sweep, write_figure
 
     runtime.prepare(devices=config.training.devices)
-    results = sweep(config, over)
+    results = sweep(config, over, checkpoint_folder=checkpoints)
     written = write_sweep(results, folder)
     print_sweep(results)
     print(f"results: {written}\nfigure: {write_figure(results, folder)}")

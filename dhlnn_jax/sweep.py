@@ -5,6 +5,8 @@ numbers), so that what differs between two points is the setting and not the dra
 """
 
 import itertools
+import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,31 +29,39 @@ from dhlnn_jax.source import make_sources
 
 SweepResults = dict[str, Any]
 
+_CHECKPOINTS = "checkpoints"
+_BEGUN = "sweep.json"  # among the checkpoints: of which sweep they are
 
-def sweep(config: Config, over: Mapping[str, Sequence[float]]) -> SweepResults:
+
+def sweep(
+    config: Config, over: Mapping[str, Sequence[float]], *, checkpoint_folder: Path | None = None
+) -> SweepResults:
     """Trains and measures every method of a configuration at every point of a grid.
 
     Args:
       config: `seeds` hedgers of each trained method are trained at each point; `evaluation.epochs` are not
         measured.
       over: one of TRACED_OPTIONS -> its values; several options make a grid, the first varying slowest.
+      checkpoint_folder: where checkpoints are kept, and gone on from if there are any; None keeps none.
     Returns: contents of sweep.json: "over"; "points", in the order of the grid, each with "at" (option ->
       value), "methods", "paired" and "optimum" as in metrics.json, "notes", "not_trading_is_optimal" and
       "no_liability"; "notes" on the sweep; "seconds", training and compilation by method; "config",
       "machine", "n_test_paths".
-    Raises: UsageError for an option that cannot be swept or a value that is not allowed.
-      FloatingPointError as `trainer.train_method`.
+    Raises: UsageError for an option that cannot be swept, a value that is not allowed, or checkpoints of
+      another sweep. FloatingPointError as `trainer.train_method`.
     """
     _check(config, over)
     with jax.default_matmul_precision(config.matmul_precision):
-        return _sweep(config, over)
+        return _sweep(config, over, checkpoint_folder)
 
 
-def _sweep(config: Config, over: Mapping[str, Sequence[float]]) -> SweepResults:
+def _sweep(config: Config, over: Mapping[str, Sequence[float]], checkpoints: Path | None) -> SweepResults:
     began = time.perf_counter()
     points = [dict(zip(over, values, strict=True)) for values in itertools.product(*over.values())]
     configs = [_config_at(config, at) for at in points]
     sources = make_sources(configs, keys_of(config.seed).test)
+    if checkpoints is not None:
+        _begin(checkpoints, config, over)
     cases = []
     with progress_bar("solving for the exact optima", len(configs)) as advance:
         for at, of_point, source in zip(points, configs, sources, strict=True):
@@ -62,7 +72,12 @@ def _sweep(config: Config, over: Mapping[str, Sequence[float]]) -> SweepResults:
     names = dict.fromkeys(name for case in cases for name in case.rows)
     for name in sorted(names, key=lambda name: name != "optimal"):  # regret is to it, so it comes first
         having = [i for i, case in enumerate(cases) if name in case.rows]
-        done = measured_rows(name, [cases[i] for i in having], [rows[i].get("optimal") for i in having])
+        done = measured_rows(
+            name,
+            [cases[i] for i in having],
+            [rows[i].get("optimal") for i in having],
+            checkpoint_folder=checkpoints / name if checkpoints else None,
+        )
         for i, row in zip(having, done, strict=True):
             rows[i][name] = row
     trained = {name: row.training for of_case in rows for name, row in of_case.items() if row.training}
@@ -131,22 +146,54 @@ def _point(at: dict[str, float], case: Case, rows: dict[str, Row]) -> dict[str, 
     }
 
 
+def _begin(checkpoints: Path, config: Config, over: Mapping[str, Sequence[float]]) -> None:
+    """Writes of which sweep the checkpoints are, or checks that they are of this one."""
+    of = {"config": config.model_dump(mode="json", exclude={"out"}), "over": [[*kv] for kv in over.items()]}
+    begun = checkpoints / _BEGUN
+    if not begun.exists():
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(begun, of)
+    elif json.loads(begun.read_text()) != of:
+        raise UsageError(f"{str(checkpoints.parent)!r} was begun with another configuration; use --overwrite")
+
+
 def write_sweep(results: SweepResults, folder: Path) -> Path:
-    """Writes sweep.json whole or not at all; its path."""
+    """Writes sweep.json whole or not at all, and removes the checkpoints; its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sweep.json"
     write_json(path, results)
+    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)  # a finished sweep is not resumed
     return path
 
 
-def claim_sweep(folder: Path, *, overwrite: bool) -> None:
-    """Raises: UsageError if `folder` is a file, or holds a sweep that is not to be overwritten."""
+def claim_sweep(folder: Path, *, overwrite: bool, resume: bool) -> Path:
+    """Where a sweep that writes to `folder` keeps its checkpoints.
+
+    Args:
+      overwrite: removes those of an earlier sweep.
+    Raises: UsageError if `folder` is a file, holds a run, or holds a sweep and neither overwriting nor
+      resuming was asked for, or if there is none to resume.
+    """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"out = {str(folder)!r} is a file; name a folder")
-    if (folder / "sweep.json").exists() and not overwrite:
-        raise UsageError(f"{str(folder / 'sweep.json')!r} exists; give --out another folder, or --overwrite")
-    if (folder / "metrics.json").exists():
-        raise UsageError(f"{str(folder)!r} holds the results of a run; give --out another folder")
+    if (folder / "config.toml").exists():
+        raise UsageError(f"{str(folder)!r} holds a run; give --out another folder")
+    written, checkpoints = folder / "sweep.json", folder / _CHECKPOINTS
+    begun = (checkpoints / _BEGUN).exists()
+    if resume and not begun:
+        why = (
+            f"{str(written)!r} is finished" if written.exists() else f"no sweep was begun in {str(folder)!r}"
+        )
+        raise UsageError(f"nothing to resume: {why}")
+    if begun and not (overwrite or resume):
+        raise UsageError(
+            f"{str(folder)!r} holds a sweep that was cut off; give --resume, or --overwrite, or --out another"
+        )
+    if written.exists() and not (overwrite or resume):
+        raise UsageError(f"{str(written)!r} exists; give --out another folder, or --overwrite")
+    if begun and overwrite:
+        shutil.rmtree(checkpoints)
+    return checkpoints
 
 
 def parse_over(arguments: Sequence[str]) -> tuple[dict[str, list[float]], list[str]]:

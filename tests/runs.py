@@ -10,7 +10,7 @@ from unittest import mock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from dhlnn_jax import experiment, figures
+from dhlnn_jax import experiment, figures, trainer
 from dhlnn_jax.config import load_config
 from dhlnn_jax.experiment import run
 from dhlnn_jax.results import machine, read_config, read_results
@@ -98,3 +98,24 @@ def quickstart_run(base):
             return read_results(base / "results" / "quickstart")
     with programs_kept(base / "programs"), optimized():
         return run(load_config(CONFIGS / "quickstart.toml", ["--out", str(base / "results/quickstart")]))
+
+
+def counted_epochs(monkeypatch, stop_after=None):
+    """Epochs done of each method, counted by its progress bar; `stop_after`: (method, epoch) to die at."""
+    done = {}
+
+    @contextlib.contextmanager
+    def bar(description, total):
+        name = description.removeprefix("training ")
+        done[name] = 0
+
+        def advance(steps=1, note=""):
+            if note:
+                done[name] += steps
+                if stop_after and name == stop_after[0] and done[name] >= stop_after[1]:
+                    raise KeyboardInterrupt
+
+        yield advance
+
+    monkeypatch.setattr(trainer, "progress_bar", bar)
+    return done

@@ -1,6 +1,5 @@
 """The whole run in small: configs/smoke.toml, all methods, and variations of it that compile nothing new."""
 
-import contextlib
 import copy
 import functools
 import json
@@ -9,9 +8,9 @@ import tomllib
 import jax
 import numpy as np
 import pytest
-from runs import METHODS, METRICS, PICTURES, TRAINED, small_run, smoke_run
+from runs import METHODS, METRICS, PICTURES, TRAINED, counted_epochs, small_run, smoke_run
 
-from dhlnn_jax import checkpoint, notes, trainer
+from dhlnn_jax import checkpoint, notes
 from dhlnn_jax.case import make_case
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.results import read_results
@@ -239,27 +238,6 @@ def test_same_seed_gives_identical_numbers_and_another_does_not(base, smoke):
             values = [r.metrics["methods"][name]["final"][metric]["value"] for r in (other, smoke)]
             assert values[0] != values[1]
     assert not np.isin(other.pnl["final_spot"], smoke.pnl["final_spot"]).all()
-
-
-def counted_epochs(monkeypatch, stop_after=None):
-    """Epochs done of each method, counted by its progress bar; `stop_after`: (method, epoch) to die at."""
-    done = {}
-
-    @contextlib.contextmanager
-    def bar(description, total):
-        name = description.removeprefix("training ")
-        done[name] = 0
-
-        def advance(steps=1, note=""):
-            if note:
-                done[name] += steps
-                if stop_after and name == stop_after[0] and done[name] >= stop_after[1]:
-                    raise KeyboardInterrupt
-
-        yield advance
-
-    monkeypatch.setattr(trainer, "progress_bar", bar)
-    return done
 
 
 def test_run_cut_off_between_checkpoints_goes_on_to_the_same_numbers(base, smoke, monkeypatch):

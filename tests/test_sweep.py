@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import CONFIGS, METRICS, programs_kept, small_run
+from runs import CONFIGS, METRICS, counted_epochs, programs_kept, small_run
 
 from dhlnn_jax import sweep_report
 from dhlnn_jax.command_line import main
 from dhlnn_jax.config import load_config
+from dhlnn_jax.errors import UsageError
 from dhlnn_jax.fitting import make_contract
 from dhlnn_jax.fleet import TRACED_OPTIONS
 from dhlnn_jax.optimal import optimal_policies, optimal_policy, solve_contract
 from dhlnn_jax.source import make_sources
-from dhlnn_jax.sweep import sweep
+from dhlnn_jax.sweep import claim_sweep, sweep
 
 SMOKE = str(CONFIGS / "smoke.toml")
 FEW = ("--methods", "dhntb", "bsdh", "--training.epochs", "4")
@@ -158,6 +159,53 @@ def test_script_writes_what_it_says_and_nothing_over_it(base, tmp_path, capsys, 
     before = (folder / "sweep.json").read_bytes()
     assert main("sweep", arguments) == 2
     assert "--overwrite" in capsys.readouterr().err and (folder / "sweep.json").read_bytes() == before
+
+
+def test_sweep_cut_off_goes_on_from_its_last_checkpoint_to_the_same_numbers(
+    base, tmp_path, capsys, swept, monkeypatch
+):
+    folder = tmp_path / "cut"
+    arguments = [SMOKE, *FEW, "--out", str(folder), "--training.checkpoint_every", "2"]
+    over = ["--over", "cost.rate", "2e-3", str(DEAR)]
+    with programs_kept(base / "programs"):
+        counted_epochs(monkeypatch, stop_after=("dhntb", 4))  # of 4, before the last checkpoint
+        assert main("sweep", [*arguments, *over]) == 130
+        assert "interrupted; --resume goes on" in capsys.readouterr().err
+        assert [path.name for path in folder.iterdir()] == ["checkpoints"]
+
+        refused = [
+            ([*over], "holds a sweep that was cut off; give --resume, or --overwrite"),
+            ([*over, "--resume", "--seed", "1"], "was begun with another configuration"),
+            (["--over", "cost.rate", "2e-3", "--resume"], "was begun with another configuration"),
+            ([*over, "--resume", "--overwrite"], "give one of them"),
+        ]
+        for wrong, said in refused:
+            assert main("sweep", [*arguments, *wrong]) == 2
+            err = capsys.readouterr().err
+            assert said in err and err.count("\n") == 1
+
+        done = counted_epochs(monkeypatch)
+        assert main("sweep", [*arguments, *over, "--resume"]) == 0
+        assert done == {"dhntb": 2}
+    assert {path.name for path in folder.iterdir()} == {"sweep.json", "sweep.png"}
+    written = json.loads((folder / "sweep.json").read_text())
+    for point, wanted in zip(written["points"], swept["points"], strict=True):
+        assert point["methods"]["dhntb"]["final"] == wanted["methods"]["dhntb"]["final"]
+    capsys.readouterr()
+    assert main("sweep", [*arguments, *over, "--resume"]) == 2
+    assert "nothing to resume: " in capsys.readouterr().err
+    assert main("sweep", [*arguments, *over, "--resume", "--out", str(tmp_path / "none")]) == 2
+    assert "nothing to resume: no sweep was begun in" in capsys.readouterr().err
+
+
+def test_sweep_that_was_cut_off_is_begun_anew_if_overwritten_and_a_run_is_not(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "sweep.json").write_text("{}")
+    assert claim_sweep(tmp_path, overwrite=True, resume=False) == checkpoints and not checkpoints.exists()
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(UsageError, match="holds a run"):
+        claim_sweep(tmp_path, overwrite=True, resume=False)
 
 
 @pytest.mark.parametrize(
