@@ -24,7 +24,7 @@ _REPEATS = 5
 def fastest_clamp(n_steps: int) -> str:
     """The faster one of `hedge.CLAMPS` for bands of this many steps on this device.
 
-    On a CPU "scan", which was 6 to 14 times faster at 30, 1,000 and 10,000 steps (docs/performance.md). On
+    On a CPU "scan", which was 6 to 13 times faster at 30, 1,000 and 10,000 steps (docs/performance.md). On
     other devices both are timed the first time that a horizon is asked for, and the times are kept in the
     user's cache folder. Several processes, which must all run the same program, take "scan".
     """

@@ -114,7 +114,7 @@ def _report(arguments: list[str]) -> None:
 
 def _sweep(arguments: list[str]) -> None:
     from dhlnn_jax.fleet import TRACED_OPTIONS
-    from dhlnn_jax.sweep import claim_sweep, parse_over, sweep, write_sweep
+    from dhlnn_jax.sweep import claim_sweep, finished_sweep, parse_over, sweep, write_sweep
 
     show_help(lambda: _SWEEP_USAGE.format(options=", ".join(TRACED_OPTIONS)), arguments)
     flags, (path, *rest) = _folder_flags(arguments)
@@ -129,11 +129,13 @@ def _sweep(arguments: list[str]) -> None:
     checkpoints = claim_sweep(folder, **flags)
     from dhlnn_jax.sweep_report import print_sweep, write_figure
 
-    runtime.prepare(devices=config.training.devices)
-    results = sweep(config, over, checkpoint_folder=checkpoints)
-    written = write_sweep(results, folder)
+    results = finished_sweep(folder, config, over) if flags["resume"] else None
+    if results is None:
+        runtime.prepare(devices=config.training.devices)
+        results = sweep(config, over, checkpoint_folder=checkpoints)
+        write_sweep(results, folder)
     print_sweep(results)
-    print(f"results: {written}\nfigure: {write_figure(results, folder)}")
+    print(f"results: {folder / 'sweep.json'}\nfigure: {write_figure(results, folder)}")
 
 
 def _run_help(arguments: list[str]) -> str:

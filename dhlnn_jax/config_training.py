@@ -31,7 +31,7 @@ class ModelConfig(Section):
     clamp: Literal["auto", "scan", "parallel"] = Field(
         "auto",
         description="a band's recursion over time, parallel in log2(n_steps) rounds; auto: scan on a CPU, "
-        "where it is ten times faster, else the faster one, measured once for a horizon and kept",
+        "where it is 6 to 13 times faster, else the faster one, measured once for a horizon and kept",
     )
 
     @field_validator("hidden_sizes")

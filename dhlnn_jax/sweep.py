@@ -29,8 +29,9 @@ from dhlnn_jax.source import make_sources
 
 SweepResults = dict[str, Any]
 
+_FINISHED = "sweep.json"
 _CHECKPOINTS = "checkpoints"
-_BEGUN = "sweep.json"  # among the checkpoints: of which sweep they are
+_BEGUN = "begun.json"  # among the checkpoints: of which sweep they are
 
 
 def sweep(
@@ -148,19 +149,32 @@ def _point(at: dict[str, float], case: Case, rows: dict[str, Row]) -> dict[str, 
 
 def _begin(checkpoints: Path, config: Config, over: Mapping[str, Sequence[float]]) -> None:
     """Writes of which sweep the checkpoints are, or checks that they are of this one."""
-    of = {"config": config.model_dump(mode="json", exclude={"out"}), "over": [[*kv] for kv in over.items()]}
     begun = checkpoints / _BEGUN
-    if not begun.exists():
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        write_json(begun, of)
-    elif json.loads(begun.read_text()) != of:
-        raise UsageError(f"{str(checkpoints.parent)!r} was begun with another configuration; use --overwrite")
+    if begun.exists():
+        _check_same(begun, config, over)
+        return
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    values = {name: [float(value) for value in values] for name, values in over.items()}
+    write_json(begun, {"config": config.model_dump(mode="json"), "over": values})
+
+
+def _check_same(file: Path, config: Config, over: Mapping[str, Sequence[float]]) -> SweepResults:
+    """Contents of a file with "config" and "over". Raises: UsageError if they are of another sweep."""
+    kept = json.loads(file.read_text())
+    theirs = {**kept["config"], "out": ""}, list(kept["over"].items())
+    ours = (
+        {**config.model_dump(mode="json"), "out": ""},
+        [(name, list(values)) for name, values in over.items()],
+    )
+    if theirs != ours:
+        raise UsageError(f"{str(file)!r} is of another configuration or grid; use --overwrite")
+    return kept
 
 
 def write_sweep(results: SweepResults, folder: Path) -> Path:
     """Writes sweep.json whole or not at all, and removes the checkpoints; its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "sweep.json"
+    path = folder / _FINISHED
     write_json(path, results)
     shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)  # a finished sweep is not resumed
     return path
@@ -178,22 +192,26 @@ def claim_sweep(folder: Path, *, overwrite: bool, resume: bool) -> Path:
         raise UsageError(f"out = {str(folder)!r} is a file; name a folder")
     if (folder / "config.toml").exists():
         raise UsageError(f"{str(folder)!r} holds a run; give --out another folder")
-    written, checkpoints = folder / "sweep.json", folder / _CHECKPOINTS
+    checkpoints, finished = folder / _CHECKPOINTS, (folder / _FINISHED).exists()
     begun = (checkpoints / _BEGUN).exists()
-    if resume and not begun:
-        why = (
-            f"{str(written)!r} is finished" if written.exists() else f"no sweep was begun in {str(folder)!r}"
-        )
-        raise UsageError(f"nothing to resume: {why}")
-    if begun and not (overwrite or resume):
-        raise UsageError(
-            f"{str(folder)!r} holds a sweep that was cut off; give --resume, or --overwrite, or --out another"
-        )
-    if written.exists() and not (overwrite or resume):
-        raise UsageError(f"{str(written)!r} exists; give --out another folder, or --overwrite")
+    if resume and not (begun or finished):
+        raise UsageError(f"nothing to resume in {str(folder)!r}; run without --resume")
+    if (begun or finished) and not (overwrite or resume):
+        found = str(checkpoints if begun else folder / _FINISHED)
+        raise UsageError(f"{found!r} exists; give --out another folder, or --overwrite, or --resume")
     if begun and overwrite:
         shutil.rmtree(checkpoints)
     return checkpoints
+
+
+def finished_sweep(folder: Path, config: Config, over: Mapping[str, Sequence[float]]) -> SweepResults | None:
+    """Contents of sweep.json if this sweep is finished there; None if it has still to be gone on with.
+
+    Raises: UsageError if another one is.
+    """
+    if (folder / _CHECKPOINTS / _BEGUN).exists():
+        return None
+    return _check_same(folder / _FINISHED, config, over)
 
 
 def parse_over(arguments: Sequence[str]) -> tuple[dict[str, list[float]], list[str]]:

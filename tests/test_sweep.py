@@ -174,9 +174,9 @@ def test_sweep_cut_off_goes_on_from_its_last_checkpoint_to_the_same_numbers(
         assert [path.name for path in folder.iterdir()] == ["checkpoints"]
 
         refused = [
-            ([*over], "holds a sweep that was cut off; give --resume, or --overwrite"),
-            ([*over, "--resume", "--seed", "1"], "was begun with another configuration"),
-            (["--over", "cost.rate", "2e-3", "--resume"], "was begun with another configuration"),
+            ([*over], "exists; give --out another folder, or --overwrite, or --resume"),
+            ([*over, "--resume", "--seed", "1"], "is of another configuration or grid"),
+            (["--over", "cost.rate", "2e-3", "--resume"], "is of another configuration or grid"),
             ([*over, "--resume", "--overwrite"], "give one of them"),
         ]
         for wrong, said in refused:
@@ -191,17 +191,22 @@ def test_sweep_cut_off_goes_on_from_its_last_checkpoint_to_the_same_numbers(
     written = json.loads((folder / "sweep.json").read_text())
     for point, wanted in zip(written["points"], swept["points"], strict=True):
         assert point["methods"]["dhntb"]["final"] == wanted["methods"]["dhntb"]["final"]
-    capsys.readouterr()
-    assert main("sweep", [*arguments, *over, "--resume"]) == 2
-    assert "nothing to resume: " in capsys.readouterr().err
+    # killed before it was drawn, a finished sweep is read back
+    (folder / "sweep.png").unlink()
+    done.clear()
+    out = capsys.readouterr().out
+    assert main("sweep", [*arguments, *over, "--resume"]) == 0
+    assert capsys.readouterr().out == out and not done and (folder / "sweep.png").exists()
+    assert main("sweep", [*arguments, *over, "--resume", "--seed", "1"]) == 2
+    assert "is of another configuration or grid" in capsys.readouterr().err
     assert main("sweep", [*arguments, *over, "--resume", "--out", str(tmp_path / "none")]) == 2
-    assert "nothing to resume: no sweep was begun in" in capsys.readouterr().err
+    assert "nothing to resume in" in capsys.readouterr().err
 
 
 def test_sweep_that_was_cut_off_is_begun_anew_if_overwritten_and_a_run_is_not(tmp_path):
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
-    (checkpoints / "sweep.json").write_text("{}")
+    (checkpoints / "begun.json").write_text("{}")
     assert claim_sweep(tmp_path, overwrite=True, resume=False) == checkpoints and not checkpoints.exists()
     (tmp_path / "config.toml").write_text("")
     with pytest.raises(UsageError, match="holds a run"):
