@@ -171,13 +171,11 @@ def _check_same(file: Path, config: Config, over: Mapping[str, Sequence[float]])
     return kept
 
 
-def write_sweep(results: SweepResults, folder: Path) -> Path:
-    """Writes sweep.json whole or not at all, and removes the checkpoints; its path."""
+def write_sweep(results: SweepResults, folder: Path) -> None:
+    """Writes sweep.json whole or not at all, and removes the checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _FINISHED
-    write_json(path, results)
+    write_json(folder / _FINISHED, results)
     shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)  # a finished sweep is not resumed
-    return path
 
 
 def claim_sweep(folder: Path, *, overwrite: bool, resume: bool) -> Path:
