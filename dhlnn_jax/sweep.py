@@ -171,11 +171,20 @@ def _check_same(file: Path, config: Config, over: Mapping[str, Sequence[float]])
     return kept
 
 
+def _discard(checkpoints: Path) -> None:
+    """Removes them at once: what a kill left of them would be taken for those of the next sweep."""
+    if checkpoints.exists():
+        gone = checkpoints.with_name(f".{checkpoints.name}.partial")
+        shutil.rmtree(gone, ignore_errors=True)
+        checkpoints.rename(gone)
+        shutil.rmtree(gone)
+
+
 def write_sweep(results: SweepResults, folder: Path) -> None:
     """Writes sweep.json whole or not at all, and removes the checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / _FINISHED, results)
-    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)  # a finished sweep is not resumed
+    _discard(folder / _CHECKPOINTS)  # a finished sweep is not resumed
 
 
 def claim_sweep(folder: Path, *, overwrite: bool, resume: bool) -> Path:
@@ -198,7 +207,7 @@ def claim_sweep(folder: Path, *, overwrite: bool, resume: bool) -> Path:
         found = str(checkpoints if begun else folder / _FINISHED)
         raise UsageError(f"{found!r} exists; give --out another folder, or --overwrite, or --resume")
     if begun and overwrite:
-        shutil.rmtree(checkpoints)
+        _discard(checkpoints)
     return checkpoints
 
 

@@ -1,6 +1,7 @@
 """Sweeps: a point is the ordinary run with that option; nothing compiles more for more points or seeds."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -211,6 +212,26 @@ def test_sweep_that_was_cut_off_is_begun_anew_if_overwritten_and_a_run_is_not(tm
     (tmp_path / "config.toml").write_text("")
     with pytest.raises(UsageError, match="holds a run"):
         claim_sweep(tmp_path, overwrite=True, resume=False)
+
+
+def test_kill_while_checkpoints_are_removed_leaves_none_that_another_sweep_would_go_on_from(
+    tmp_path, monkeypatch
+):
+    old = tmp_path / "checkpoints" / "dhntb"
+    old.mkdir(parents=True)
+    (tmp_path / "checkpoints" / "begun.json").write_text("{}")
+
+    def killed(folder, ignore_errors=False):
+        if folder.exists():
+            (folder / "begun.json").unlink()  # and no more
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        claim_sweep(tmp_path, overwrite=True, resume=False)
+    assert not old.exists() and not (tmp_path / "checkpoints").exists()
+    checkpoints = claim_sweep(tmp_path, overwrite=True, resume=False)
+    assert not checkpoints.exists()
 
 
 @pytest.mark.parametrize(
