@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -14,7 +15,8 @@ class Columns(nn.Module):
     """A dense layer on columns: y = kernel^T x + bias, the batch behind the features; params of `nn.Dense`.
 
     Numerics: the gradient of the kernel then contracts the last axes of both its factors, 1.5 times as fast
-      on XLA's CPU backend as the first axes, which it contracts for rows (docs/performance.md).
+      on XLA's CPU backend as the first axes, which it contracts for rows. The kernel's transpose is a copy of
+      its own, since products that transpose as they go are slower there, too (docs/performance.md).
     """
 
     size: int
@@ -24,7 +26,8 @@ class Columns(nn.Module):
     def __call__(self, x: Float[Array, " n_inputs *batch"]) -> Float[Array, " n_outputs *batch"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[0], self.size))
         bias = self.param("bias", nn.initializers.zeros, (self.size,))
-        return jnp.tensordot(kernel, x, axes=(0, 0)) + bias.reshape(-1, *(1,) * (x.ndim - 1))
+        transposed = jax.lax.optimization_barrier(kernel.T)
+        return jnp.tensordot(transposed, x, axes=(1, 0)) + bias.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 class Perceptron(nn.Module):
@@ -53,7 +56,8 @@ class Perceptron(nn.Module):
         if self.output_scale:
             scaled = nn.initializers.variance_scaling(self.output_scale**2, "fan_in", "truncated_normal")
         output = Columns(self.n_outputs, scaled, name=f"Dense_{len(self.hidden_sizes)}")(x)
-        return jnp.moveaxis(output, 0, -1)
+        # Not a transpose inside the products of the backward pass: see `Columns`.
+        return jnp.moveaxis(jax.lax.optimization_barrier(output), 0, -1)
 
 
 class BandNetwork(nn.Module):
