@@ -86,7 +86,7 @@ class Update(NamedTuple):
     Attributes:
       init: params -> state.
       apply: (problem, params, state) -> (params, state, info).
-      cut: whether `Problem.outputs` ends at the raw outputs or at the hedge ratio.
+      cut: what `Problem.outputs` are: raw outputs, or the pair of them and the hedge ratio.
       cost_surrogate: which cost `Problem.surrogate_value` charges.
     """
 

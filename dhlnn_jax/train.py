@@ -107,7 +107,6 @@ def make_train_step(
         paths = shared_by_paths(sample(key, n_paths, settings)[0], mesh)
         features, anchor = shared_by_paths(batched_inputs(hedger, paths, settings), mesh)
         network = RowNetwork(hedger, features, anchor, chunk_size, mesh)
-        raw_outputs = network.outputs
 
         def positions(raw: Array) -> Array:
             return jax.vmap(hedger.position)(raw, anchor)
@@ -117,19 +116,22 @@ def make_train_step(
 
         cut_at_raw = update.cut == "raw"
 
-        def outputs(params: Params) -> Array:
-            raw = raw_outputs(params)
-            return raw if cut_at_raw else positions(raw)
+        def beside(raw: Array) -> tuple[Array, Array]:
+            return raw, positions(raw)
+
+        def outputs(params: Params) -> Any:
+            raw = network.outputs(params)
+            return raw if cut_at_raw else beside(raw)
 
         def linearize(params: Params) -> Linearization:
             raw = network.linearize(params)
             if cut_at_raw:
                 return raw
-            held = linearize_at(positions, raw.value)
-            return Linearization(held.value, lambda t: held.jvp(raw.jvp(t)), lambda c: raw.vjp(held.vjp(c)))
+            both = linearize_at(beside, raw.value)
+            return Linearization(both.value, lambda t: both.jvp(raw.jvp(t)), lambda c: raw.vjp(both.vjp(c)))
 
-        def hedge(outputs: Array) -> Array:
-            return positions(outputs) if cut_at_raw else outputs
+        def hedge(outputs: Any) -> Array:
+            return positions(outputs) if cut_at_raw else outputs[1]
 
         problem = Problem(
             outputs=outputs,
@@ -143,7 +145,7 @@ def make_train_step(
         )
         params, update_state, info = update.apply(problem, state.params, state.update)
         mean_turnover = jnp.mean(jax.vmap(turnover)(hedge(info.outputs)))
-        finite = jnp.all(jnp.isfinite(info.outputs))
+        finite = jnp.all(jnp.isfinite(info.outputs if cut_at_raw else info.outputs[0]))
         diagnostics = TrainInfo(
             info.risk, info.gradient_norm, info.n_gradients, mean_turnover, finite, jnp.asarray(info.n_rises)
         )

@@ -187,6 +187,17 @@ def test_dead_edge_only_buys_and_does_not_learn_to_sell(key):
         assert (float(jnp.mean(jax.vmap(round_trip)(held))) > 0.01) == turns_back
 
 
+@pytest.mark.parametrize("linearization", ["network", "position", "none"])
+def test_outputs_that_are_not_numbers_are_seen_wherever_the_problem_is_cut(key, linearization):
+    """Such a band is never left: risk and hedge ratio alone would look sound."""
+    update = nested_update(optax.adam(1e-2), learning_rate=1e-2, linearization=linearization)
+    step, params = jax.jit(make_step(update)), initial().params
+    assert bool(step(train.first_state(params, update), key, settings())[1].finite)
+    broken = jax.tree.map(lambda w: w * jnp.nan, params)
+    info = step(train.first_state(broken, update), key, settings())[1]
+    assert not bool(info.finite) and bool(jnp.isfinite(info.risk))
+
+
 # --- nested -------------------------------------------------------------------------------------------
 
 
