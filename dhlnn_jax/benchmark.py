@@ -1,7 +1,7 @@
 """How fast the library is: one question each, asked on the command line, with PyTorch peers beside it.
 
 Times are medians of repeats that take turns, so that other load falls on all; their ratios are what counts.
-The training step is measured in `step_time`, the rest in `race`, `tuned` and `clamp_time`, all with `timing`.
+The training step is measured in `step_time`, the rest in `race`, `tuned`, `clamp_time` and `gpu_program`.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import jax
 
 from dhlnn_jax import runtime
 from dhlnn_jax.clamp_time import clamp
+from dhlnn_jax.gpu_program import program
 from dhlnn_jax.race import time_to_regret
 from dhlnn_jax.script import Parser, exit_code, show_help
 from dhlnn_jax.step_time import compile_time, memory, scaling, step, sweep
@@ -39,6 +40,7 @@ QUESTIONS: dict[str, Callable[[argparse.Namespace], Answer]] = {
     "tuned": tuned,
     "sweep": sweep,
     "clamp": clamp,
+    "program": program,
     "scaling": scaling,
     "memory": memory,
     "compile": compile_time,
@@ -52,13 +54,13 @@ def _parser() -> Parser:
     for name, option in add.items():
         option("--json", type=Path, metavar="FILE", help="also write the numbers here, beside other answers")
         option("--overwrite", action="store_true", help="replace an earlier answer to this question in FILE")
-        if name != "tuned":
+        if name not in ("tuned", "program"):
             option("--repeats", type=_positive, default=3 if name in ("time-to-regret", "compile") else 7)
-        if name != "clamp":
+        if name not in ("clamp", "program"):
             option(
                 "--chunk", type=_rows, metavar="ROWS", help="rows at a time, 0: all; default: as in training"
             )
-        if name not in ("scaling", "sweep", "clamp"):
+        if name not in ("scaling", "sweep", "clamp", "program"):
             alone = {"default": 1, "help": "that share the paths (default: 1)"}
             shared = {"help": "that share the paths; default: as in training"}
             option("--devices", type=_positive, **(alone if name == "tuned" else shared))

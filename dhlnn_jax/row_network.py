@@ -13,6 +13,11 @@ from dhlnn_jax.rows import in_chunks, linearize_rows, sum_over_live_rows
 
 Params = Any
 
+# Where all rows go at once, XLA's GPU backend sums a kernel's gradient over them in up to 256 parts, and
+# copies every activation unless the parts are equal and a multiple of 16 bytes (docs/performance.md). Rows
+# added to the network's few inputs cost next to nothing.
+_MULTIPLE = 1024
+
 
 class RowNetwork(NamedTuple):
     """A hedger's outputs on a batch: a row is a decision, or a whole path if the hedger has a memory."""
@@ -26,7 +31,9 @@ class RowNetwork(NamedTuple):
     @property
     def _rows(self) -> tuple[Array, Anchor]:
         rows = (self.features, self.anchor)
-        return jax.tree.map(_merge, rows) if self.hedger.memoryless else rows
+        if not self.hedger.memoryless:
+            return rows
+        return jax.tree.map(lambda x: self._filled_up(_merge(x), mode="edge"), rows)
 
     def _apply(self, params: Params, features: Array, anchor: Anchor) -> Array:
         if self.hedger.memoryless:
@@ -35,8 +42,33 @@ class RowNetwork(NamedTuple):
 
     def _by_path(self, outputs: Array) -> Array:
         if self.hedger.memoryless:
-            outputs = outputs.reshape(*self.features.shape[:2], *outputs.shape[1:])
+            outputs = self._cut_off(outputs).reshape(*self.features.shape[:2], *outputs.shape[1:])
         return shared_by_paths(outputs, self.mesh)
+
+    def _by_row(self, outputs: Array) -> Array:
+        """What `_by_path` takes from what it returns: cotangents, or anything that goes with them."""
+        return self._filled_up(_merge(outputs)) if self.hedger.memoryless else outputs
+
+    def _filled_up(self, rows: Array, **how: Any) -> Array:
+        """Rows made up to a multiple of `_MULTIPLE` on every device, where all go at once."""
+        if self.chunk_size is not None:
+            return rows
+        by_device = rows.reshape(self._n_devices, -1, *rows.shape[1:])
+        added = (0, -by_device.shape[1] % _MULTIPLE)
+        filled = jnp.pad(by_device, ((0, 0), added, *((0, 0),) * (rows.ndim - 1)), **how)
+        return filled.reshape(-1, *rows.shape[1:])
+
+    def _cut_off(self, rows: Array) -> Array:
+        """Without the rows that `_filled_up` has added."""
+        if self.chunk_size is not None:
+            return rows
+        by_device = rows.reshape(self._n_devices, -1, *rows.shape[1:])
+        n_paths, n_steps = self.features.shape[:2]
+        return by_device[:, : n_paths * n_steps // self._n_devices].reshape(-1, *rows.shape[1:])
+
+    @property
+    def _n_devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
 
     @property
     def _chunk_mesh(self) -> Mesh | None:
@@ -53,11 +85,10 @@ class RowNetwork(NamedTuple):
         rows = linearize_rows(
             self._apply, params, *self._rows, chunk_size=self.chunk_size, mesh=self._chunk_mesh
         )
-        flat = _merge if self.hedger.memoryless else lambda cotangent: cotangent
         return Linearization(
             self._by_path(rows.value),
             lambda tangent: self._by_path(rows.jvp(tangent)),
-            lambda cotangent: rows.vjp(flat(cotangent)),
+            lambda cotangent: rows.vjp(self._by_row(cotangent)),
         )
 
     def inputs(self, params: Params) -> Array:
@@ -74,9 +105,9 @@ class RowNetwork(NamedTuple):
             a, b = both.T
             return a @ x, jax.vmap(lambda b: (b[:, None] * x).T @ x)(b)
 
-        both = jnp.stack([_merge(linear), _merge(quadratic)], axis=-1)
+        both = jnp.stack([self._by_row(linear), self._by_row(quadratic)], axis=-1)
         return sum_over_live_rows(
-            moments, _merge(x), cotangent=both, chunk_size=self.chunk_size, mesh=self._chunk_mesh
+            moments, self._by_row(x), cotangent=both, chunk_size=self.chunk_size, mesh=self._chunk_mesh
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs import METHODS, METRICS, PICTURES, TRAINED, counted_epochs, small_run, smoke_run
 
-from dhlnn_jax import checkpoint, notes
+from dhlnn_jax import checkpoint, compiling, fitting, notes
 from dhlnn_jax.case import make_case
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.results import read_results
@@ -238,6 +238,21 @@ def test_same_seed_gives_identical_numbers_and_another_does_not(base, smoke):
             values = [r.metrics["methods"][name]["final"][metric]["value"] for r in (other, smoke)]
             assert values[0] != values[1]
     assert not np.isin(other.pnl["final_spot"], smoke.pnl["final_spot"]).all()
+
+
+def test_run_takes_an_accelerators_way_to_the_same_numbers(base, smoke, monkeypatch):
+    """All decisions at once, band in parallel over time, no CPU's compiler options: the same run, here."""
+    fastest = functools.cache(lambda n_steps: "parallel")
+    monkeypatch.setattr(fitting, "fastest_clamp", fastest)
+    monkeypatch.setattr(jax, "default_backend", lambda: "an accelerator")
+    options = compiling._understood
+    monkeypatch.setattr(compiling, "_understood", functools.cache(options.__wrapped__))
+    there = small_run(base, "accelerator", "--methods", *TRAINED)
+    assert fastest.cache_info().misses == 1 and not compiling._understood()
+    for name in TRAINED:
+        for metric, number in smoke.metrics["methods"][name]["final"].items():
+            found = there.metrics["methods"][name]["final"][metric]["value"]
+            assert found == pytest.approx(number["value"], rel=1e-4, abs=1e-6), (name, metric)
 
 
 def test_run_cut_off_between_checkpoints_goes_on_to_the_same_numbers(base, smoke, monkeypatch):

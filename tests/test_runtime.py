@@ -18,7 +18,7 @@ from dhlnn_jax.errors import UsageError
 TRAIN = """
 import json, sys
 from dhlnn_jax import runtime
-coordinator, n_processes, process, devices = sys.argv[1], *map(int, sys.argv[2:])
+coordinator, n_processes, process, devices, chunk = sys.argv[1], *map(int, sys.argv[2:])
 runtime.prepare(devices=devices)
 if n_processes > 1:
     runtime.join(coordinator, n_processes=n_processes, process=process)
@@ -41,9 +41,8 @@ update = nested_update(optax.adam(1e-3), learning_rate=1e-3, n_inner=2)
 mesh = runtime.path_mesh(256)
 sample = make_simulation_sampler(SIMULATORS["gbm"], n_steps=5)
 contract, objective = Contract(CLAIMS["european_call"]), OBJECTIVES["entropic"]
-step = jax.jit(
-    make_train_step(hedger, sample, contract, objective, update, n_paths=256, chunk_size=50, mesh=mesh)
-)
+rows = {"n_paths": 256, "chunk_size": chunk or None, "mesh": mesh}
+step = jax.jit(make_train_step(hedger, sample, contract, objective, update, **rows))
 state = init_state(hedger, update, jax.random.key(0))
 if mesh is not None:
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
@@ -56,14 +55,14 @@ print(json.dumps({**numbers, "gradient_norm": float(info.gradient_norm)}))
 
 
 @functools.cache
-def trained(n_processes, devices):
+def trained(n_processes, devices, chunk=50):
     """What every process printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     jobs = [
         subprocess.Popen(
-            [sys.executable, "-c", TRAIN, coordinator, str(n_processes), str(process), str(devices)],
+            [sys.executable, "-c", TRAIN, coordinator, *map(str, (n_processes, process, devices, chunk))],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -86,6 +85,13 @@ def test_training_is_the_same_on_two_processes_of_two_devices():
         assert shared["devices"] == 4
         for name in ("risk", "gradient_norm", "params"):
             assert shared[name] == pytest.approx(single[name], rel=2e-5, abs=1e-6), name
+
+
+def test_training_is_the_same_where_the_compiler_shares_all_paths_out():
+    (single,), (shared,) = trained(1, 1), trained(1, 2, chunk=0)
+    assert shared["devices"] == 2
+    for name in ("risk", "gradient_norm", "params"):
+        assert shared[name] == pytest.approx(single[name], rel=2e-5, abs=1e-6), name
 
 
 def test_mesh_takes_as_many_devices_as_divide_the_paths():
