@@ -1,5 +1,6 @@
 """A hedger's network on a batch of paths, as rows that go through it in chunks and over devices (`rows`)."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -99,11 +100,16 @@ class RowNetwork(NamedTuple):
         return self._by_path(apply(params, *self._rows))
 
     def row_moments(self, x: Array, linear: Array, quadratic: Array) -> tuple[Array, Array]:
-        """See `nested.Problem`; a row without a linear part has no quadratic one."""
+        """See `nested.Problem`; a row without a linear part has no quadratic one.
+
+        Numerics: in full float32 on every device, since a matrix is made of them that is solved with, which
+          rounded factors can leave indefinite.
+        """
 
         def moments(x: Array, both: Array) -> tuple[Array, Array]:
+            exactly = partial(jnp.matmul, precision="highest")
             a, b = both.T
-            return a @ x, jax.vmap(lambda b: (b[:, None] * x).T @ x)(b)
+            return exactly(a, x), jax.vmap(lambda b: exactly((b[:, None] * x).T, x))(b)
 
         both = jnp.stack([self._by_row(linear), self._by_row(quadratic)], axis=-1)
         return sum_over_live_rows(

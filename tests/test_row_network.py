@@ -58,6 +58,15 @@ def test_moments_are_sums_over_the_decisions():
     assert_close(quadratic, np.einsum("pto,pti,ptj->oij", b, x, x))
 
 
+def test_moments_are_summed_in_full_precision_on_every_device():
+    network, params = network_of(BAND)
+    x, ones = network.inputs(params), jnp.ones((N_PATHS, N_STEPS, 2))
+    products = str(jax.make_jaxpr(network.row_moments)(x, ones, ones)).split("dot_general[")[1:]
+    assert len(products) == 2
+    for product in products:
+        assert "precision=(Precision.HIGHEST, Precision.HIGHEST)" in product.split("\n    ]")[0]
+
+
 @pytest.mark.parametrize("n_paths, n_rows", [(30, 1024), (205, 2048)], ids=["150", "1025"])
 def test_rows_at_once_are_made_up_to_a_multiple(n_paths, n_rows):
     seen = []
