@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dhlnn_jax.hedge import CLAMPS
 from dhlnn_jax.results import device_name, write_json
@@ -26,11 +27,17 @@ def fastest_clamp(n_steps: int) -> str:
 
     On a CPU "scan", which was 6 to 13 times faster at 30, 1,000 and 10,000 steps (docs/performance.md). On
     other devices both are timed the first time that a horizon is asked for, and the times are kept in the
-    user's cache folder. Several processes, which must all run the same program, take "scan".
+    user's cache folder. Several processes take what the first has measured, since all must run the same
+    program; all of them must ask.
     """
-    if jax.default_backend() == "cpu" or jax.process_count() > 1:
+    if jax.default_backend() == "cpu":
         return "scan"
-    return measured_clamp(n_steps, cache_folder() / "clamp.json")
+    kinds = list(CLAMPS)
+    first = jax.process_index() == 0
+    chosen = kinds.index(measured_clamp(n_steps, cache_folder() / "clamp.json")) if first else 0
+    if jax.process_count() > 1:
+        chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+    return kinds[chosen]
 
 
 def measured_clamp(n_steps: int, file: Path) -> str:

@@ -1,6 +1,10 @@
 """Which form of the band's recursion a hedger takes: measured where nothing is known, once, and kept."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -67,12 +71,39 @@ def test_folder_that_cannot_be_written_changes_nothing(asked, tmp_path):
     assert measured_clamp(30, tmp_path / "file" / "clamp.json") == "parallel"
 
 
-def test_cpu_and_several_processes_take_the_scan_unmeasured(asked, monkeypatch):
-    assert fastest_clamp(10_000) == "scan"
-    fastest_clamp.cache_clear()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+def test_cpu_takes_the_scan_unmeasured(asked):
     assert fastest_clamp(10_000) == "scan" and not asked
+
+
+TWO = """
+import sys
+from dhlnn_jax import clamp_choice, runtime
+runtime.prepare(devices=1)
+runtime.join(sys.argv[1], n_processes=2, process=int(sys.argv[2]))
+import jax
+measured = []
+clamp_choice.measured_clamp = lambda n_steps, file: measured.append(n_steps) or "parallel"
+jax.default_backend = lambda: "gpu"
+print(clamp_choice.fastest_clamp(30), measured)
+"""
+
+
+def test_several_processes_take_what_the_first_has_measured():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, coordinator, str(process)], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+        for process in range(2)
+    ]  # fmt: skip
+    printed = [job.communicate(timeout=300)[0].split("\n")[-2] for job in jobs]
+    assert printed == [
+        "parallel [30]",
+        "parallel []",
+    ]  # "scan" is what a process without an answer would take
 
 
 def test_hedgers_elsewhere_take_what_is_faster_unless_told(asked, monkeypatch, tmp_path):
