@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs import METHODS, METRICS, PICTURES, TRAINED, counted_epochs, small_run, smoke_run
 
-from dhlnn_jax import checkpoint, compiling, fitting, notes
+from dhlnn_jax import checkpoint, compiling, fitting, notes, trainer
 from dhlnn_jax.case import make_case
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.results import read_results
@@ -247,8 +247,15 @@ def test_run_takes_an_accelerators_way_to_the_same_numbers(base, smoke, monkeypa
     monkeypatch.setattr(jax, "default_backend", lambda: "an accelerator")
     options = compiling._understood
     monkeypatch.setattr(compiling, "_understood", functools.cache(options.__wrapped__))
+    make_step, chunk_sizes = trainer.make_train_step, set()
+
+    def make(*of_what, chunk_size, **how):
+        chunk_sizes.add(chunk_size)
+        return make_step(*of_what, chunk_size=chunk_size, **how)
+
+    monkeypatch.setattr(trainer, "make_train_step", make)
     there = small_run(base, "accelerator", "--methods", *TRAINED)
-    assert fastest.cache_info().misses == 1 and not compiling._understood()
+    assert chunk_sizes == {None} and fastest.cache_info().misses == 1 and not compiling._understood()
     for name in TRAINED:
         for metric, number in smoke.metrics["methods"][name]["final"].items():
             found = there.metrics["methods"][name]["final"][metric]["value"]

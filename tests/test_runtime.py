@@ -16,7 +16,7 @@ from dhlnn_jax.command_line import main
 from dhlnn_jax.errors import UsageError
 
 TRAIN = """
-import json, sys
+import json, re, sys
 from dhlnn_jax import runtime
 coordinator, n_processes, process, devices, chunk = sys.argv[1], *map(int, sys.argv[2:])
 runtime.prepare(devices=devices)
@@ -46,10 +46,13 @@ step = jax.jit(make_train_step(hedger, sample, contract, objective, update, **ro
 state = init_state(hedger, update, jax.random.key(0))
 if mesh is not None:
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+program = step.lower(state, jax.random.key(1), settings).compile().as_text()
+words = re.findall(r" (all-[a-z]+|collective-[a-z]+|reduce-scatter)(?:-start)?[(]", program)
 for epoch in range(2):
     state, info = step(state, jax.random.fold_in(jax.random.key(1), epoch), settings)
 params = [x.addressable_data(0).ravel().tolist() for x in jax.tree.leaves(state.params)]
 numbers = {"devices": jax.device_count(), "risk": float(info.risk), "params": sum(params, [])}
+numbers["collectives"] = sorted(set(words))
 print(json.dumps({**numbers, "gradient_norm": float(info.gradient_norm)}))
 """
 
@@ -89,7 +92,8 @@ def test_training_is_the_same_on_two_processes_of_two_devices():
 
 def test_training_is_the_same_where_the_compiler_shares_all_paths_out():
     (single,), (shared,) = trained(1, 1), trained(1, 2, chunk=0)
-    assert shared["devices"] == 2
+    assert shared["devices"] == 2 and single["collectives"] == []
+    assert shared["collectives"] == ["all-reduce"]  # sums are all that devices tell each other
     for name in ("risk", "gradient_norm", "params"):
         assert shared[name] == pytest.approx(single[name], rel=2e-5, abs=1e-6), name
 
