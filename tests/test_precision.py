@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.lax import lax as products  # where derivatives of products look theirs up as well
-from runs import CONFIGS, optimized, programs_kept
+from runs import CONFIGS, optimized
 
+from dhlnn_jax import experiment
 from dhlnn_jax.config import load_config
 from dhlnn_jax.experiment import run
 
@@ -57,7 +58,7 @@ def test_training_with_tensorfloat32_ends_at_the_same_risk(quickstart, tmp_path)
     """Within half the Monte Carlo error, on the same paths: the default of NVIDIA's GPUs costs nothing."""
     arguments = ["--methods", *METHODS, "--evaluation.optimum", "false", "--out", str(tmp_path / "rounded")]
     config = load_config(CONFIGS / "quickstart.toml", arguments)
-    with factors_rounded_to(TENSORFLOAT32), programs_kept(tmp_path / "programs"), optimized():
+    with factors_rounded_to(TENSORFLOAT32), optimized(), mock.patch.object(experiment, "write_figures"):
         rounded = run(config)
     for name in METHODS:
         found, wanted = (
