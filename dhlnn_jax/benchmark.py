@@ -47,6 +47,14 @@ QUESTIONS: dict[str, Callable[[argparse.Namespace], Answer]] = {
 }
 
 
+_WITH_REPEATS = {"step", "time-to-regret", "sweep", "clamp", "scaling", "memory", "compile"}
+_WITH_CHUNK = {"step", "time-to-regret", "tuned", "sweep", "scaling", "memory", "compile"}
+_WITH_DEVICES = {"step", "time-to-regret", "tuned", "memory", "compile"}
+_N_PATHS = {"time-to-regret": 1_000_000, "tuned": 200_000, "sweep": 4000} | dict.fromkeys(
+    ("step", "program", "scaling", "compile"), 10_000
+)
+
+
 def _parser() -> Parser:
     parser = Parser(prog="python scripts/benchmark.py", description="Measures speed, one question at a time.")
     questions = parser.add_subparsers(dest="question", required=True, metavar="QUESTION")
@@ -54,19 +62,18 @@ def _parser() -> Parser:
     for name, option in add.items():
         option("--json", type=Path, metavar="FILE", help="also write the numbers here, beside other answers")
         option("--overwrite", action="store_true", help="replace an earlier answer to this question in FILE")
-        if name not in ("tuned", "program"):
+        if name in _WITH_REPEATS:
             option("--repeats", type=_positive, default=3 if name in ("time-to-regret", "compile") else 7)
-        if name not in ("clamp", "program"):
+        if name in _WITH_CHUNK:
             option(
                 "--chunk", type=_rows, metavar="ROWS", help="rows at a time, 0: all; default: as in training"
             )
-        if name not in ("scaling", "sweep", "clamp", "program"):
+        if name in _WITH_DEVICES:
             alone = {"default": 1, "help": "that share the paths (default: 1)"}
             shared = {"help": "that share the paths; default: as in training"}
             option("--devices", type=_positive, **(alone if name == "tuned" else shared))
-        if name not in ("memory", "clamp"):
-            paths = {"time-to-regret": 1_000_000, "tuned": 200_000, "sweep": 4000}.get(name, 10_000)
-            option("--n-paths", type=_positive, default=paths, help=f"default: {paths}")
+        if name in _N_PATHS:
+            option("--n-paths", type=_positive, default=_N_PATHS[name], help=f"default: {_N_PATHS[name]}")
         if name in ("step", "sweep", "scaling"):
             option("--steps", type=_positive, default=3, help="training steps a repeat (default: 3)")
         if name in ("step", "time-to-regret"):

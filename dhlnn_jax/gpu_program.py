@@ -12,9 +12,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from dhlnn_jax.config import Config, make_config
+from dhlnn_jax.config import Config
 from dhlnn_jax.errors import UsageError
-from dhlnn_jax.hedge import CLAMPS
 from dhlnn_jax.methods import METHODS
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.workload import Answer, make_workload, step_config
@@ -117,26 +116,23 @@ def _n_bytes(kind: str) -> float:
 def program(options: argparse.Namespace) -> Answer:
     """Kernels and memory traffic of a training step as compiled for an H100, which need not be there."""
     where = SingleDeviceSharding(_described_h100())
+    asked = {
+        name if METHODS[name].recurrent else f"{name}, {clamp}": (name, clamp)
+        for name, method in METHODS.items()
+        for clamp in ("parallel", "scan")
+        if method.trained
+    }
     rows: dict[str, Answer] = {}
-    methods = [name for name, method in METHODS.items() if method.trained]
-    with progress_bar("compiling", len(methods) * len(CLAMPS)) as advance:
-        for name in methods:
-            for clamp in ("parallel",) if METHODS[name].recurrent else ("parallel", "scan"):
-                row = f"{name}, {clamp}" if not METHODS[name].recurrent else name
-                rows[row] = _counted(name, _with_clamp(step_config(options.n_paths), clamp), where)
-                advance(note=row)
+    with progress_bar("compiling", len(asked)) as advance:
+        for row, (name, clamp) in asked.items():
+            rows[row] = _counted(name, step_config(options.n_paths, clamp=clamp), where)
+            advance(note=row)
     print(f"{'':32}{'kernels':>11}{'GB moved':>11}{'ms, memory':>11}{'MiB kept':>11}")
     for row, numbers in rows.items():
         moved, bound = numbers["gigabytes"], numbers["milliseconds_of_memory"]
         cells = "".join(f"{'':>11}" if x is None else f"{x:11.3g}" for x in (moved, bound))
         print(f"{row:32}{numbers['median']:11d}{cells}{numbers['temporaries'] / 2**20:11.4g}")
     return {"ours": {**next(iter(rows.values())), "by_program": rows}}
-
-
-def _with_clamp(config: Config, clamp: str) -> Config:
-    values = config.model_dump(mode="json")
-    values["model"]["clamp"] = clamp
-    return make_config(values)
 
 
 def _described_h100() -> jax.Device:

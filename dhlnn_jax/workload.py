@@ -134,14 +134,14 @@ def compiled(work: Workload) -> Program:
     return Program(jitted.lower(*arguments).compile(), place, arguments[2])
 
 
-def step_config(n_paths: int) -> Config:
+def step_config(n_paths: int, *, clamp: str = "auto") -> Config:
     """The paper's size, where hedging matters: 30 steps, 4 x 64, entropic risk, Adam."""
     return make_config(
         {
             "market": {"volatility": 0.2, "n_steps": 30},
             "cost": {"rate": 2e-3},
             "risk": {"risk_aversion": 50.0},
-            "model": {"hidden_sizes": [64, 64, 64, 64]},
+            "model": {"hidden_sizes": [64, 64, 64, 64], "clamp": clamp},
             "training": {"n_paths": n_paths, "learning_rate": 1e-3},
         }
     )
