@@ -142,6 +142,7 @@ def _sources() -> str | None:
     return digest.hexdigest()
 
 
+@cache  # of some two thousand files, for every program that is asked for
 def _installed(file: str) -> bool:
     parts = Path(file).parts
     return (
