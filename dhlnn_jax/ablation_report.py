@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dhlnn_jax import resumable
 from dhlnn_jax.ablation import STUDIES
 from dhlnn_jax.ablation_figures import diverged, draw, value_label
-from dhlnn_jax.ablation_study import run_study
+from dhlnn_jax.ablation_study import run_study, told
 from dhlnn_jax.config import load_config
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.results import write_json
@@ -166,14 +167,16 @@ def _parser() -> Parser:
     parser.add_argument(
         "--hedger", default="dhntb", choices=("dhntb", "dhmlp"), help="whose network (default: dhntb)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier ablation in the folder")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--overwrite", action="store_true", help="replace an earlier ablation in the folder")
+    folder.add_argument("--resume", action="store_true", help="go on with one that was cut off")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="print and redraw an earlier ablation")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the script; returns its exit code, that of `script.exit_code`."""
-    interrupted = f"; what was measured by then, if anything, is in {_FILE}: see --report"
+    interrupted = f"; --resume goes on, and --report shows what is in {_FILE} by now, if anything"
     return exit_code("ablation.py", lambda: _run(arguments), interrupted=interrupted)
 
 
@@ -186,25 +189,25 @@ def _run(arguments: Sequence[str]) -> None:
         overrides += ["--out", f"results/ablation_{options.study}"]
     config = load_config(config_first(path, "ablation.py CONFIG [--seeds 5] ..."), overrides)
     folder = Path(config.out)
-    earlier = [*folder.glob(_FILE), *folder.glob("ablation_*.png")]
-    if earlier and not options.overwrite:
-        raise UsageError(f"{earlier[0]} exists: give another --out, or --overwrite to replace it")
+    checkpoints = resumable.claim(folder, _FILE, overwrite=options.overwrite, resume=options.resume)
+    earlier = [] if options.resume else [*folder.glob(_FILE), *folder.glob("ablation_*.png")]
+    asked: dict[str, Any] = {
+        "n_seeds": options.seeds,
+        "hedger": options.hedger,
+        "paths": options.paths,
+        "rows": options.rows,
+    }
+    if options.resume:
+        done = resumable.finished(checkpoints, _FILE, told(options.study, config, **asked))
+        if done is not None:
+            _show(done, folder)
+            return
     results: Results = {}
-    study = run_study(
-        options.study,
-        config,
-        n_seeds=options.seeds,
-        hedger=options.hedger,
-        paths=options.paths,
-        rows=options.rows,
-    )
-    for results in study:
-        if earlier:
-            for file in earlier:
-                file.unlink()
-            earlier = []
-        folder.mkdir(parents=True, exist_ok=True)
+    for results in run_study(options.study, config, **asked, checkpoint_folder=checkpoints):
+        while earlier:
+            earlier.pop().unlink()
         write_json(folder / _FILE, results)
+    resumable.discard(checkpoints)  # a finished study is not resumed
     _show(results, folder)
 
 

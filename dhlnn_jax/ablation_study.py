@@ -5,12 +5,14 @@ The variants take turns from one measurement to the next, so that a machine that
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dhlnn_jax import resumable
 from dhlnn_jax.ablation import (
     Study,
     Variant,
@@ -22,8 +24,10 @@ from dhlnn_jax.ablation import (
     with_price_noise,
 )
 from dhlnn_jax.ablation_judge import Judge
+from dhlnn_jax.checkpoint import Checkpoints
 from dhlnn_jax.config import Config
 from dhlnn_jax.fitting import build_hedger, build_update
+from dhlnn_jax.fleet import on_host
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.results import machine
 from dhlnn_jax.risk import clustered_stderr
@@ -36,6 +40,26 @@ _TEST = 3  # the role of test paths, folded into the key of a seed as in `experi
 Point = dict[str, Any]
 
 
+def told(
+    study: Study,
+    config: Config,
+    *,
+    n_seeds: int = 5,
+    hedger: str = "dhntb",
+    paths: Sequence[int] = (),
+    rows: Sequence[str] = (),
+) -> resumable.Told:
+    """Which study it is: the arguments of `run_study`, as they are in ablation.json."""
+    return {
+        "study": study,
+        "hedger": hedger,
+        "seeds": list(range(config.seed, config.seed + n_seeds)),
+        "paths": list(paths),
+        "rows": list(rows),
+        "config": config.model_dump(mode="json"),
+    }
+
+
 def run_study(
     study: Study,
     config: Config,
@@ -44,14 +68,19 @@ def run_study(
     hedger: str = "dhntb",
     paths: Sequence[int] = (),
     rows: Sequence[str] = (),
+    checkpoint_folder: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The contents of ablation.json after each measured epoch: whole, but for the epochs still to come.
+
+    What was measured by the last checkpoint comes first, at once.
 
     Args:
       n_seeds: seeds config.seed, config.seed + 1, ...; a seed is initial parameters and training paths, the
         same for all variants and those of `scripts/run.py --seed`.
       hedger: the method whose network is trained, "dhntb" (the band) or "dhmlp".
       paths, rows: see `variants_of`.
+      checkpoint_folder: where every measured epoch leaves a checkpoint, and the last one is gone on from;
+        None keeps none.
     Returns: per variant "points", one a measured epoch: spent so far, a seed: epochs, paths, gradients,
       forward, jvp, vjp, seconds (wall) and cpu_seconds (of this process), compilation apart; a list over
       seeds: value (regret on the test paths in percent of the optimum if "unit" is "percent", else regret or
@@ -59,41 +88,61 @@ def run_study(
       as value, on the training paths), turnover on that batch; stderr_paths of the mean value.
       A number that is not finite is None. "clock": which seconds are the budget; on a CPU those of the
       process, since a machine is seldom idle. "paired": see `_paired`.
-    Raises: UsageError as `variants_of` and `make_source`.
+    Raises: UsageError as `variants_of` and `make_source`, and for checkpoints of another study.
     """
+    asked = told(study, config, n_seeds=n_seeds, hedger=hedger, paths=paths, rows=rows)
     variants = variants_of(study, config, paths, rows, hedger=hedger)
     source = make_source(config, jax.random.fold_in(jax.random.key(config.seed), _TEST))
+    if checkpoint_folder is not None:
+        resumable.begin(checkpoint_folder, asked)
     judge = Judge(config, source, build_hedger(hedger, config))
     clock = "cpu_seconds" if jax.default_backend() == "cpu" else "seconds"
     epochs = measured_epochs(config)
-    seeds = range(config.seed, config.seed + n_seeds)
     with progress_bar("compiling", len(variants)) as advance:
         trainers = {}
         for name, variant in variants.items():
-            trainers[name] = _Trainer(variant, config, judge, seeds)
+            trainers[name] = _Trainer(variant, config, judge, asked["seeds"])
             advance(note=variant.label)
-    with progress_bar("training", epochs[-1] * sum(v.slower for v in variants.values())) as advance:
-        before = 0
-        for epoch in epochs:
-            for variant, trainer in zip(variants.values(), trainers.values(), strict=True):
-                trainer.train_to(epoch * variant.slower, last=epoch == epochs[-1])
-                advance((epoch - before) * variant.slower, note=variant.label)
+    checkpoints = Checkpoints(checkpoint_folder)
+    before = _go_on(list(trainers.values()), checkpoints)
+    n_slower = sum(variant.slower for variant in variants.values())
+    with progress_bar("training", epochs[-1] * n_slower) as advance:
+        advance(before * n_slower)
+        for epoch in (epoch for epoch in epochs if epoch >= before):
+            if epoch > before:
+                for variant, trainer in zip(variants.values(), trainers.values(), strict=True):
+                    trainer.train_to(epoch * variant.slower, last=epoch == epochs[-1])
+                    advance((epoch - before) * variant.slower, note=variant.label)
+                every = trainers.values()
+                checkpoints.save(
+                    epoch,
+                    [trainer.states for trainer in every],
+                    {"epoch": epoch, "trainers": [trainer.log() for trainer in every]},
+                )
             before = epoch
             yield {
                 "schema": 1,
-                "study": study,
-                "hedger": hedger,
+                **asked,
                 "finished": epoch == epochs[-1],
                 "metric": judge.metric,
                 "unit": judge.unit,
                 "optimum": judge.optimum and {"value": judge.optimum.value, "error": judge.optimum.error},
                 "clock": clock,
-                "seeds": list(seeds),
-                "config": config.model_dump(mode="json"),
                 "machine": machine(),
                 "variants": {name: trainer.report() for name, trainer in trainers.items()},
                 "paired": _paired(variants, trainers, ("epochs", "gradients", clock)),
             }
+
+
+def _go_on(trainers: "list[_Trainer]", checkpoints: Checkpoints) -> int:
+    """Takes all to the last checkpoint; the epoch of it, 0 without one."""
+    saved = checkpoints.latest([trainer.states for trainer in trainers])
+    if saved is None:
+        return 0
+    every_states, log = saved
+    for trainer, states, own in zip(trainers, every_states, log["trainers"], strict=True):
+        trainer.go_on_from(states, own)
+    return int(log["epoch"])
 
 
 class _Spent(NamedTuple):
@@ -148,7 +197,7 @@ class _Trainer:
         # Lowered and compiled by hand: another shape would be an error here, not another compilation.
         lowered = jax.jit(train, donate_argnums=0).lower(states, self.keys, self._settings, 0)
         self._train = lowered.compile()
-        self._states = self._train(states, self.keys, self._settings, 0)[0]  # its first call is slower
+        self.states = self._train(states, self.keys, self._settings, 0)[0]  # its first call is slower
         self.compile_seconds = time.perf_counter() - began
         self._batch_reference = (
             judge.on_training_paths(self.keys, self.n_paths) if variant.fixed_data else 0.0
@@ -162,8 +211,8 @@ class _Trainer:
         """Trains until so many epochs are done, and measures."""
         n_seeds = len(self.keys)
         began, cpu = time.perf_counter(), time.process_time()
-        done = self._train(self._states, self.keys, self._settings, epoch - self._epoch)
-        self._states, n_gradients, (risk, turnover) = jax.block_until_ready(done)
+        done = self._train(self.states, self.keys, self._settings, epoch - self._epoch)
+        self.states, n_gradients, (risk, turnover) = jax.block_until_ready(done)
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
         self._spent = _Spent(
             self._spent.gradients + float(np.mean(n_gradients)),
@@ -171,9 +220,9 @@ class _Trainer:
             self._spent.cpu_seconds + cpu_seconds / n_seeds,
         )
         self._epoch, n = epoch, self._spent.gradients
-        value, influences = self._judge.measurer(self.variant.price_noise)(self._states.params)
+        value, influences = self._judge.measurer(self.variant.price_noise)(self.states.params)
         if last and self.variant.price_noise:
-            self._clean = _plain(self._judge.measurer()(self._states.params)[0])
+            self._clean = _plain(self._judge.measurer()(self.states.params)[0])
         n_passes = passes(self.config, self.variant.update, n_updates=epoch, n_gradients=n)
         self.influences.append(influences)
         batch_value = np.asarray(risk - self._batch_reference, float)
@@ -191,6 +240,22 @@ class _Trainer:
                 "turnover": _plain(np.asarray(turnover)),
             }
         )
+
+    def log(self) -> dict[str, Any]:
+        """All but its states, for a checkpoint."""
+        return {
+            "epoch": self._epoch,
+            "spent": self._spent._asdict(),
+            "points": self.points,
+            "influences": [_plain(x) for x in self.influences],
+            "clean": self._clean,
+        }
+
+    def go_on_from(self, states: TrainState, log: dict[str, Any]) -> None:
+        """Takes up what it left in a checkpoint."""
+        self.states = jax.tree.map(jnp.asarray, on_host(states))
+        self._epoch, self._spent, self._clean = log["epoch"], _Spent(**log["spent"]), log["clean"]
+        self.points, self.influences = log["points"], [_array(x) for x in log["influences"]]
 
     def report(self) -> dict[str, Any]:
         variant = self.variant
@@ -222,7 +287,7 @@ def _paired(
             most = min(trainer.points[-1][budget] for trainer in pair)
             at = [last_within(trainer.points, budget, most) for trainer in pair]
             points = [trainer.points[i] for trainer, i in zip(pair, at, strict=True)]
-            values = [np.array([np.nan if x is None else x for x in p["value"]]) for p in points]
+            values = [_array(p["value"]) for p in points]
             influences = [trainer.influences[i] for trainer, i in zip(pair, at, strict=True)]
             apart = values[0] - values[1]
             spread = np.std(apart, ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else np.nan
@@ -249,3 +314,8 @@ def _number(x: Any) -> float | None:
 
 def _plain(values: np.ndarray) -> list[float | None]:
     return [_number(x) for x in values]
+
+
+def _array(plain: list[float | None]) -> np.ndarray:
+    """What `_plain` was given, but for infinities."""
+    return np.array([np.nan if x is None else x for x in plain])

@@ -129,11 +129,11 @@ def _sweep(arguments: list[str]) -> None:
     checkpoints = claim_sweep(folder, **flags)
     from dhlnn_jax.sweep_report import print_sweep, write_figure
 
-    results = finished_sweep(folder, config, over) if flags["resume"] else None
+    results = finished_sweep(checkpoints, config, over) if flags["resume"] else None
     if results is None:
         runtime.prepare(devices=config.training.devices)
         results = sweep(config, over, checkpoint_folder=checkpoints)
-        write_sweep(results, folder)
+        write_sweep(results, checkpoints)
     print_sweep(results)
     print(f"results: {folder / 'sweep.json'}\nfigure: {write_figure(results, folder)}")
 

@@ -5,8 +5,6 @@ numbers), so that what differs between two points is the setting and not the dra
 """
 
 import itertools
-import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dhlnn_jax import resumable
 from dhlnn_jax.case import Case, make_case
 from dhlnn_jax.config import Config, make_config
 from dhlnn_jax.errors import UsageError
@@ -30,8 +29,6 @@ from dhlnn_jax.source import make_sources
 SweepResults = dict[str, Any]
 
 _FINISHED = "sweep.json"
-_CHECKPOINTS = "checkpoints"
-_BEGUN = "begun.json"  # among the checkpoints: of which sweep they are
 
 
 def sweep(
@@ -62,7 +59,7 @@ def _sweep(config: Config, over: Mapping[str, Sequence[float]], checkpoints: Pat
     configs = [_config_at(config, at) for at in points]
     sources = make_sources(configs, keys_of(config.seed).test)
     if checkpoints is not None:
-        _begin(checkpoints, config, over)
+        resumable.begin(checkpoints, _told(config, over))
     cases = []
     with progress_bar("solving for the exact optima", len(configs)) as advance:
         for at, of_point, source in zip(points, configs, sources, strict=True):
@@ -84,9 +81,8 @@ def _sweep(config: Config, over: Mapping[str, Sequence[float]], checkpoints: Pat
     trained = {name: row.training for of_case in rows for name, row in of_case.items() if row.training}
     return {
         "schema": 1,
-        "over": {name: list(values) for name, values in over.items()},
+        **_told(config, over),
         "points": [_point(at, case, of_case) for at, case, of_case in zip(points, cases, rows, strict=True)],
-        "config": config.model_dump(mode="json"),
         "n_test_paths": int(sources[0].test.spot.shape[0]),
         "notes": [*sources[0].notes, *_about_rates(configs[0], over, list(trained))],
         "seconds": {
@@ -147,78 +143,31 @@ def _point(at: dict[str, float], case: Case, rows: dict[str, Row]) -> dict[str, 
     }
 
 
-def _begin(checkpoints: Path, config: Config, over: Mapping[str, Sequence[float]]) -> None:
-    """Writes of which sweep the checkpoints are, or checks that they are of this one."""
-    begun = checkpoints / _BEGUN
-    if begun.exists():
-        _check_same(begun, config, over)
-        return
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    values = {name: [float(value) for value in values] for name, values in over.items()}
-    write_json(begun, {"config": config.model_dump(mode="json"), "over": values})
+def _told(config: Config, over: Mapping[str, Sequence[float]]) -> resumable.Told:
+    return {
+        "config": config.model_dump(mode="json"),
+        "over": {name: [float(value) for value in values] for name, values in over.items()},
+    }
 
 
-def _check_same(file: Path, config: Config, over: Mapping[str, Sequence[float]]) -> SweepResults:
-    """Contents of a file with "config" and "over". Raises: UsageError if they are of another sweep."""
-    kept = json.loads(file.read_text())
-    theirs = {**kept["config"], "out": ""}, list(kept["over"].items())
-    ours = (
-        {**config.model_dump(mode="json"), "out": ""},
-        [(name, list(values)) for name, values in over.items()],
-    )
-    if theirs != ours:
-        raise UsageError(f"{str(file)!r} is of another configuration or grid; use --overwrite")
-    return kept
-
-
-def _discard(checkpoints: Path) -> None:
-    """Removes them at once: what a kill left of them would be taken for those of the next sweep."""
-    if checkpoints.exists():
-        gone = checkpoints.with_name(f".{checkpoints.name}.partial")
-        shutil.rmtree(gone, ignore_errors=True)
-        checkpoints.rename(gone)
-        shutil.rmtree(gone)
-
-
-def write_sweep(results: SweepResults, folder: Path) -> None:
-    """Writes sweep.json whole or not at all, and removes the checkpoints."""
+def write_sweep(results: SweepResults, checkpoints: Path) -> None:
+    """Writes sweep.json beside its checkpoints, whole or not at all, and removes them."""
+    folder = checkpoints.parent
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / _FINISHED, results)
-    _discard(folder / _CHECKPOINTS)  # a finished sweep is not resumed
+    resumable.discard(checkpoints)  # a finished sweep is not resumed
 
 
 def claim_sweep(folder: Path, *, overwrite: bool, resume: bool) -> Path:
-    """Where a sweep that writes to `folder` keeps its checkpoints.
-
-    Args:
-      overwrite: removes those of an earlier sweep.
-    Raises: UsageError if `folder` is a file, holds a run, or holds a sweep and neither overwriting nor
-      resuming was asked for, or if there is none to resume.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"out = {str(folder)!r} is a file; name a folder")
-    if (folder / "config.toml").exists():
-        raise UsageError(f"{str(folder)!r} holds a run; give --out another folder")
-    checkpoints, finished = folder / _CHECKPOINTS, (folder / _FINISHED).exists()
-    begun = (checkpoints / _BEGUN).exists()
-    if resume and not (begun or finished):
-        raise UsageError(f"nothing to resume in {str(folder)!r}; run without --resume")
-    if (begun or finished) and not (overwrite or resume):
-        found = str(checkpoints if begun else folder / _FINISHED)
-        raise UsageError(f"{found!r} exists; give --out another folder, or --overwrite, or --resume")
-    if begun and overwrite:
-        _discard(checkpoints)
-    return checkpoints
+    """`resumable.claim` for a sweep."""
+    return resumable.claim(folder, _FINISHED, overwrite=overwrite, resume=resume)
 
 
-def finished_sweep(folder: Path, config: Config, over: Mapping[str, Sequence[float]]) -> SweepResults | None:
-    """Contents of sweep.json if this sweep is finished there; None if it has still to be gone on with.
-
-    Raises: UsageError if another one is.
-    """
-    if (folder / _CHECKPOINTS / _BEGUN).exists():
-        return None
-    return _check_same(folder / _FINISHED, config, over)
+def finished_sweep(
+    checkpoints: Path, config: Config, over: Mapping[str, Sequence[float]]
+) -> SweepResults | None:
+    """`resumable.finished` for a sweep."""
+    return resumable.finished(checkpoints, _FINISHED, _told(config, over))
 
 
 def parse_over(arguments: Sequence[str]) -> tuple[dict[str, list[float]], list[str]]:

@@ -259,7 +259,12 @@ def test_last_within_is_the_last_point_that_has_spent_no_more():
 
 def test_cli_writes_and_redraws_and_refuses(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "here"
-    monkeypatch.setattr(ablation_report, "run_study", lambda *args, **options: iter(tiny_study()))
+
+    def studied(*args, checkpoint_folder, **options):
+        checkpoint_folder.mkdir(parents=True)
+        return iter(tiny_study())
+
+    monkeypatch.setattr(ablation_report, "run_study", studied)
     command = [SMOKE, "--seeds", "2", *RISK, "--out", str(folder)]
     assert main(command) == 0
     out = capsys.readouterr().out
@@ -272,6 +277,88 @@ def test_cli_writes_and_redraws_and_refuses(tmp_path, capsys, monkeypatch):
     assert (folder / "ablation_controls.png").exists()
     assert main([*command, "--overwrite"]) == 0
     capsys.readouterr()
+
+
+def test_study_cut_off_goes_on_from_its_last_checkpoint_to_the_same_numbers(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "cut"
+    command = [SMOKE, "--seeds", "2", "--rows", "adam_more_epochs", *RISK, "--out", str(folder)]
+    trained = []
+    train_to = ablation_study._Trainer.train_to
+
+    def counted(trainer, epoch, *, last=False):
+        if len(trained) == 3:  # of 2 variants at 2 measured epochs
+            raise KeyboardInterrupt
+        trained.append(epoch)
+        train_to(trainer, epoch, last=last)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation_study._Trainer, "train_to", counted)
+        assert main(command) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"ablation.json", "checkpoints"}
+    measured = json.loads((folder / "ablation.json").read_text())
+    assert not measured["finished"] and len(measured["variants"]["dhlnn"]["points"]) == 1
+
+    for wrong, said in (
+        ([], "exists; give --out another folder, or --overwrite, or --resume"),
+        (["--resume", "--seed", "1"], "is of another configuration or other options"),
+        (["--resume", "--study", "noise"], "is of another configuration or other options"),
+        (["--resume", "--seeds", "3"], "is of another configuration or other options"),
+        (["--resume", "--overwrite"], "not allowed with argument"),
+    ):
+        assert main([*command, *wrong]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+    trained.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation_study._Trainer, "train_to", counted)
+        assert main([*command, "--resume"]) == 0
+    assert trained == [4, 8]  # the second measured epoch alone; the slower variant at its own
+    out = capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"ablation.json", "ablation_controls.png"}
+
+    def numbers(results):
+        """All but what moves with the machine's speed: seconds, and what is paired at equal ones."""
+        points = {
+            name: [{k: x for k, x in p.items() if "seconds" not in k} for p in variant["points"]]
+            for name, variant in results["variants"].items()
+        }
+        paired = results["paired"]["adam_more_epochs"]
+        return points, {budget: paired[budget] for budget in ("epochs", "gradients")}
+
+    written = json.loads((folder / "ablation.json").read_text())
+    assert numbers(written) == numbers(json.loads(json.dumps(tiny_study()[-1])))
+    seconds = [[p["cpu_seconds"] for p in v["points"]] for v in written["variants"].values()]
+    assert all(0 < first < last for first, last in seconds)  # those of the first part are counted
+
+    # finished, it is read back
+    (folder / "ablation_controls.png").unlink()
+    assert main([*command, "--resume"]) == 0
+    assert capsys.readouterr().out == out and (folder / "ablation_controls.png").exists()
+    assert main([*command, "--resume", "--out", str(tmp_path / "none")]) == 2
+    assert "nothing to resume in" in capsys.readouterr().err
+
+
+def test_study_killed_before_its_last_results_were_written_writes_them_first(tmp_path):
+    def study():
+        config = load_config(SMOKE, [*RISK])
+        rows = ("adam_more_epochs",)
+        return run_study(
+            "optimizers", config, n_seeds=2, rows=rows, checkpoint_folder=tmp_path / "checkpoints"
+        )
+
+    (*_, last) = study()
+    assert last["finished"]
+    (again,) = study()
+    again.pop("variants"), last.pop("variants")  # compile_seconds
+    assert again == last
+
+
+def test_numbers_that_are_not_finite_survive_a_checkpoint():
+    values = np.array([1.5, np.nan, np.inf])
+    plain = json.loads(json.dumps(ablation_study._plain(values), allow_nan=False))
+    np.testing.assert_array_equal(ablation_study._array(plain), [1.5, np.nan, np.nan])
 
 
 def test_noise_and_data_figures_are_drawn():

@@ -176,8 +176,8 @@ def test_sweep_cut_off_goes_on_from_its_last_checkpoint_to_the_same_numbers(
 
         refused = [
             ([*over], "exists; give --out another folder, or --overwrite, or --resume"),
-            ([*over, "--resume", "--seed", "1"], "is of another configuration or grid"),
-            (["--over", "cost.rate", "2e-3", "--resume"], "is of another configuration or grid"),
+            ([*over, "--resume", "--seed", "1"], "is of another configuration or other options"),
+            (["--over", "cost.rate", "2e-3", "--resume"], "is of another configuration or other options"),
             ([*over, "--resume", "--overwrite"], "give one of them"),
         ]
         for wrong, said in refused:
@@ -199,7 +199,7 @@ def test_sweep_cut_off_goes_on_from_its_last_checkpoint_to_the_same_numbers(
     assert main("sweep", [*arguments, *over, "--resume"]) == 0
     assert capsys.readouterr().out == out and not done and (folder / "sweep.png").exists()
     assert main("sweep", [*arguments, *over, "--resume", "--seed", "1"]) == 2
-    assert "is of another configuration or grid" in capsys.readouterr().err
+    assert "is of another configuration or other options" in capsys.readouterr().err
     assert main("sweep", [*arguments, *over, "--resume", "--out", str(tmp_path / "none")]) == 2
     assert "nothing to resume in" in capsys.readouterr().err
 
