@@ -301,7 +301,7 @@ def test_study_cut_off_goes_on_from_its_last_checkpoint_to_the_same_numbers(tmp_
 
     for wrong, said in (
         ([], "exists; give --out another folder, or --overwrite, or --resume"),
-        (["--resume", "--seed", "1"], "is of another configuration or other options"),
+        (["--resume", "--cost.rate", "3e-3"], "is of another configuration or other options"),
         (["--resume", "--study", "noise"], "is of another configuration or other options"),
         (["--resume", "--seeds", "3"], "is of another configuration or other options"),
         (["--resume", "--overwrite"], "not allowed with argument"),
