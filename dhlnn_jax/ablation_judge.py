@@ -38,23 +38,25 @@ class Judge:
         groups = np.unique(np.asarray(source.test_groups), return_inverse=True)[1]
         self.n_batches = min(_MAX_BATCHES, int(groups.max()) + 1)
         self.batches = jnp.asarray(groups % self.n_batches)
-        self.optimum = None
+        self.optimum, self.round_trip = None, None
         self.unit, self.scale, self._reference = "money", 1.0, (0.0, np.zeros(self.n_batches))
         if config.no_optimum is None:
             with progress_bar("solving for the exact optimum", None):
                 self.optimum = solve_contract(contract, source.market_settings, n_steps=config.market.n_steps)
             self.policy = optimal_policy(self.optimum)
             one = jax.jit(partial(self._measured, self.policy, None))
-            risk, sums = one(source.test, source.test_settings)
+            risk, sums, turned_back = one(source.test, source.test_settings)
             self._reference = float(risk), np.asarray(sums, float)
+            self.round_trip = float(turned_back)
             if self.optimum.value > 1e-6:
                 self.unit, self.scale = "percent", 100.0 / self.optimum.value
 
     def _measured(self, policy: Policy, params: Params, paths: MarketPath, settings: Settings):
-        """Risk, and its influences summed over batches of paths."""
-        pnl = hedged_paths(policy, params, paths, self.contract, settings, batch_size=1_000).pnl
+        """Risk, its influences summed over batches of paths, and the mean round trip."""
+        money = hedged_paths(policy, params, paths, self.contract, settings, batch_size=1_000)
         reduce = metrics_of(settings)[self.metric].reduce
-        return reduce(pnl), jax.ops.segment_sum(influence(reduce, pnl), self.batches, self.n_batches)
+        sums = jax.ops.segment_sum(influence(reduce, money.pnl), self.batches, self.n_batches)
+        return reduce(money.pnl), sums, jnp.mean(money.round_trip)
 
     def init(self, keys: Array) -> Params:
         """Initial parameters of every seed; the network does not know of noise."""
@@ -62,7 +64,10 @@ class Judge:
 
     @cache  # noqa: B019, it lives as long as the study
     def measurer(self, price_noise: float = 0.0):
-        """params with a leading seed axis -> (value [n_seeds], influences of their mean [n_batches])."""
+        """params with a leading seed axis -> (value, influences of its mean [n_batches], mean round trip).
+
+        Value and round trip are [n_seeds].
+        """
         hedger, paths, source = self.hedger, self.source.test, self.source
         if price_noise:
             hedger = seeing_noise(hedger)
@@ -74,13 +79,15 @@ class Judge:
         def measured(params, paths, settings):
             return jax.lax.map(lambda own: self._measured(policy, own, paths, settings), params)
 
-        def measure(params: Params) -> tuple[np.ndarray, np.ndarray]:
-            risk, sums = (np.asarray(x, float) for x in measured(params, paths, source.test_settings))
+        def measure(params: Params) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            done = measured(params, paths, source.test_settings)
+            risk, sums, turned_back = (np.asarray(x, float) for x in done)
             # A band whose edges are not a number never trades, and its risk alone would look finite.
             leaves = [np.asarray(leaf).reshape(len(risk), -1) for leaf in jax.tree.leaves(params)]
             sound = np.isfinite(np.concatenate(leaves, axis=1)).all(axis=1)
             value = np.where(sound, risk - self._reference[0], np.nan)
-            return self.scale * value, self.scale * (sums.mean(axis=0) - self._reference[1])
+            influences = self.scale * (sums.mean(axis=0) - self._reference[1])
+            return self.scale * value, influences, turned_back
 
         return measure
 

@@ -16,6 +16,7 @@ from dhlnn_jax.ablation_figures import diverged, draw, value_label
 from dhlnn_jax.ablation_study import run_study, told
 from dhlnn_jax.config import load_config
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.notes import ONE_WAY
 from dhlnn_jax.results import write_json
 from dhlnn_jax.script import Parser, config_first, config_line, exit_code
 
@@ -84,7 +85,18 @@ def _last_value(results: Results, point: dict[str, Any]) -> str:
     cell = _with_errors(results, mean, point["stderr_paths"], _spread_of_mean(values))
     if still := sum(x == 0 for x in point["turnover"]):
         cell += f" ({still} of {n_seeds} never trade)"
+    if one_way := _n_one_way(results, point):
+        cell += f" ({one_way} of {n_seeds} trade one way only)"
     return cell
+
+
+def _n_one_way(results: Results, point: dict[str, Any]) -> int:
+    """Seeds that hardly turn back where the optimum does: one edge of their band is out of reach."""
+    if results["optimum"] is None:
+        return 0
+    least = ONE_WAY * results["optimum"]["round_trip"]
+    pairs = zip(point["turnover"], point["round_trip"], strict=True)
+    return sum(traded != 0 and turned_back < least for traded, turned_back in pairs)
 
 
 def _range(results: Results, values: list[float | None]) -> str:

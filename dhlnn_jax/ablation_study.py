@@ -85,7 +85,8 @@ def run_study(
       forward, jvp, vjp, seconds (wall) and cpu_seconds (of this process), compilation apart; a list over
       seeds: value (regret on the test paths in percent of the optimum if "unit" is "percent", else regret or
       risk in money), batch_value (risk of the last training batch before its update, money; with fixed data
-      as value, on the training paths), turnover on that batch; stderr_paths of the mean value.
+      as value, on the training paths), turnover on that batch, round_trip (units bought and sold again, or
+      the reverse, a test path); stderr_paths of the mean value.
       A number that is not finite is None. "clock": which seconds are the budget; on a CPU those of the
       process, since a machine is seldom idle. "paired": see `_paired`.
     Raises: UsageError as `variants_of` and `make_source`, and for checkpoints of another study.
@@ -126,7 +127,12 @@ def run_study(
                 "finished": epoch == epochs[-1],
                 "metric": judge.metric,
                 "unit": judge.unit,
-                "optimum": judge.optimum and {"value": judge.optimum.value, "error": judge.optimum.error},
+                "optimum": judge.optimum
+                and {
+                    "value": judge.optimum.value,
+                    "error": judge.optimum.error,
+                    "round_trip": judge.round_trip,
+                },
                 "clock": clock,
                 "machine": machine(),
                 "variants": {name: trainer.report() for name, trainer in trainers.items()},
@@ -220,7 +226,8 @@ class _Trainer:
             self._spent.cpu_seconds + cpu_seconds / n_seeds,
         )
         self._epoch, n = epoch, self._spent.gradients
-        value, influences = self._judge.measurer(self.variant.price_noise)(self.states.params)
+        measured = self._judge.measurer(self.variant.price_noise)(self.states.params)
+        value, influences, turned_back = measured
         if last and self.variant.price_noise:
             self._clean = _plain(self._judge.measurer()(self.states.params)[0])
         n_passes = passes(self.config, self.variant.update, n_updates=epoch, n_gradients=n)
@@ -238,6 +245,7 @@ class _Trainer:
                 "stderr_paths": _number(clustered_stderr(jnp.asarray(influences))),
                 "batch_value": _plain(batch_value),
                 "turnover": _plain(np.asarray(turnover)),
+                "round_trip": _plain(turned_back),
             }
         )
 

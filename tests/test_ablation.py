@@ -210,10 +210,34 @@ def test_a_seed_whose_parameters_are_not_finite_is_said_to_diverge():
     judge = tiny_judge()
     params = judge.init(jnp.stack([jax.random.key(s) for s in range(2)]))
     broken = jax.tree.map(lambda x: x.at[1].set(jnp.nan), params)
-    value, _ = judge.measurer()(broken)
+    value, _, _ = judge.measurer()(broken)
     assert np.isfinite(value[0]) and np.isnan(value[1])
     assert diverged({"unit": "percent"}, [0.1, None, 2e3]) == 2
     assert diverged({"unit": "money"}, [0.1, None, 2e3]) == 1
+
+
+def test_an_edge_that_no_path_reaches_is_told_by_what_is_never_turned_back(capsys):
+    judge = tiny_judge()
+    params = judge.init(jnp.stack([jax.random.key(s) for s in range(3)]))
+    (layer,) = (x for name, x in params["params"]["Perceptron_0"].items() if name == "Dense_1")
+    wide = layer["bias"].at[1, 1].set(20.0).at[2].set(20.0)  # the upper edge of one seed, both of another
+    params["params"]["Perceptron_0"]["Dense_1"] = {**layer, "bias": wide}
+    _, _, turned_back = judge.measurer()(params)
+    assert turned_back[0] > 0.01 and turned_back[1] == turned_back[2] == 0
+
+    results = json.loads(json.dumps(tiny_study()[-1]))
+    point = results["variants"]["dhlnn"]["points"][-1]
+    point |= {"turnover": [0.7, 0.5], "round_trip": [0.2, 0.001]}
+    for at_optimum, said in ((0.3, "(1 of 2 trade one way only)"), (0.05, None), (0.0, None)):
+        results["optimum"] = {"value": 0.03, "error": 0.0, "round_trip": at_optimum}
+        print_ablation(results)
+        out = capsys.readouterr().out
+        assert said in out if said else "one way" not in out
+    point["turnover"][1] = 0.0  # that is a dead band, which has its own words
+    results["optimum"]["round_trip"] = 0.3
+    print_ablation(results)
+    out = capsys.readouterr().out
+    assert "one way" not in out and "(1 of 2 never trade)" in out
 
 
 def test_noise_moves_features_and_not_money(key):
