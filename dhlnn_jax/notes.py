@@ -57,25 +57,28 @@ def not_trading_is_optimal(metrics: Metrics) -> bool:
 
 def _about_not_trading(case: Case, metrics: Metrics) -> list[str]:
     metric = objective_metric(case.config)
-    risks = {name: report["final"][metric]["value"] for name, report in metrics["methods"].items()}
-    unhedged, better = risks["no_hedge"], _better_than_no_hedge(metrics, metric)
-    others = [risk for name, risk in risks.items() if name not in ("no_hedge", "optimal")]
-    hedged = [risk for risk in others if risk is not None]
+    better = _better_than_no_hedge(metrics, metric)
+    # On the same paths: the row of no hedge may be exact, and these paths dearer or cheaper than all are.
+    less = {
+        name: _less_no_hedge(metrics, metric, name)[0] for name in metrics["methods"] if name != "no_hedge"
+    }
+    hedged = [value for name, value in less.items() if name != "optimal" and value is not None]
     if not_trading_is_optimal(metrics):
         return [
             "the exact optimum is not to trade at this cost and risk aversion: the table shows who has "
             "learned not to trade, not who hedges well"
         ]
-    if unhedged is None or not hedged:
+    if not hedged:
         return []
     if better:
-        return [
-            f"{who} is worse than no hedge by {own['final'][metric]['value'] - unhedged:.2g}"
-            for name in better
-            for who, own in _by_seed(name, metrics["methods"][name])
-            if own["final"][metric]["value"] > unhedged
-        ]
-    if min(hedged) < unhedged:
+        worse = []
+        for name in better:
+            mean = metrics["methods"][name]["final"][metric]["value"]
+            for who, own in _by_seed(name, metrics["methods"][name]):
+                by = less[name] + own["final"][metric]["value"] - mean
+                worse += [f"{who} is worse than no hedge by {by:.2g}"] if by > 0 else []
+        return worse
+    if min(hedged) < 0:
         what = "too few test paths, or too little to gain, to tell hedging from not hedging"
     else:
         what = (
@@ -167,11 +170,17 @@ def _better_than_no_hedge(metrics: Metrics, metric: str) -> list[str]:
     for name in metrics["methods"]:
         if name == "no_hedge":
             continue
-        pair, sign = metrics["paired"].get(f"{name}-no_hedge"), 1.0
-        if pair is None:
-            pair, sign = metrics["paired"][f"no_hedge-{name}"], -1.0
-        value, error = pair[metric]["value"], pair[metric]["stderr"]
+        value, error = _less_no_hedge(metrics, metric, name)
         # Entropic risks near zero are only good to the rounding of float32.
-        if value is not None and error is not None and sign * value < -3 * error - 1e-7:
+        if value is not None and error is not None and value < -3 * error - 1e-7:
             better.append(name)
     return better
+
+
+def _less_no_hedge(metrics: Metrics, metric: str, name: str) -> tuple[float | None, float | None]:
+    """A method's risk less that of no hedge on the same paths, and the standard error of that."""
+    pair = metrics["paired"].get(f"{name}-no_hedge")
+    if pair is not None:
+        return pair[metric]["value"], pair[metric]["stderr"]
+    value, error = (metrics["paired"][f"no_hedge-{name}"][metric][part] for part in ("value", "stderr"))
+    return (None if value is None else -value), error
