@@ -13,7 +13,7 @@ from typing import Any
 from dhlnn_jax import resumable
 from dhlnn_jax.ablation import STUDIES
 from dhlnn_jax.ablation_figures import diverged, draw, value_label
-from dhlnn_jax.ablation_study import run_study, told
+from dhlnn_jax.ablation_study import SCHEMA, Asked, run_study
 from dhlnn_jax.config import load_config
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.notes import ONE_WAY
@@ -153,8 +153,8 @@ def read_ablation(folder: Path) -> Results:
         results = json.loads(path.read_text())
     except ValueError as error:
         raise UsageError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(results, dict) or results.get("schema") != 1 or "variants" not in results:
-        raise UsageError(f"{path}: was not written by an ablation")
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        raise UsageError(f"{path}: was not written by an ablation of this version")
     return results
 
 
@@ -202,22 +202,16 @@ def _run(arguments: Sequence[str]) -> None:
     config = load_config(config_first(path, "ablation.py CONFIG [--seeds 5] ..."), overrides)
     folder = Path(config.out)
     checkpoints = resumable.claim(folder, _FILE, overwrite=options.overwrite, resume=options.resume)
-    earlier = [] if options.resume else [*folder.glob(_FILE), *folder.glob("ablation_*.png")]
-    asked: dict[str, Any] = {
-        "n_seeds": options.seeds,
-        "hedger": options.hedger,
-        "paths": options.paths,
-        "rows": options.rows,
-    }
+    asked = Asked(options.study, config, options.seeds, options.hedger, options.paths, options.rows)
     if options.resume:
-        done = resumable.finished(checkpoints, _FILE, told(options.study, config, **asked))
+        done = resumable.finished(checkpoints, _FILE, asked.told)
         if done is not None:
             _show(done, folder)
             return
     results: Results = {}
-    for results in run_study(options.study, config, **asked, checkpoint_folder=checkpoints):
-        while earlier:
-            earlier.pop().unlink()
+    for results in run_study(asked, checkpoint_folder=checkpoints):
+        for figure in folder.glob("ablation_*.png"):
+            figure.unlink()  # of what is overwritten, or of fewer epochs
         write_json(folder / _FILE, results)
     resumable.discard(checkpoints)  # a finished study is not resumed
     _show(results, folder)

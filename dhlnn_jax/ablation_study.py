@@ -35,50 +35,53 @@ from dhlnn_jax.source import make_source
 from dhlnn_jax.train import CURVATURES, OBJECTIVES, TrainState, make_train_step
 
 DIVERGED = 1_000.0  # percent of the optimum
+SCHEMA = 2  # of ablation.json
 _TEST = 3  # the role of test paths, folded into the key of a seed as in `experiment`
 
 Point = dict[str, Any]
 
 
-def told(
-    study: Study,
-    config: Config,
-    *,
-    n_seeds: int = 5,
-    hedger: str = "dhntb",
-    paths: Sequence[int] = (),
-    rows: Sequence[str] = (),
-) -> resumable.Told:
-    """Which study it is: the arguments of `run_study`, as they are in ablation.json."""
-    return {
-        "study": study,
-        "hedger": hedger,
-        "seeds": list(range(config.seed, config.seed + n_seeds)),
-        "paths": list(paths),
-        "rows": list(rows),
-        "config": config.model_dump(mode="json"),
-    }
+class Asked(NamedTuple):
+    """What a study is asked for.
+
+    Attributes:
+      n_seeds: seeds config.seed, config.seed + 1, ...; a seed is initial parameters and training paths, the
+        same for all variants and those of `scripts/run.py --seed`.
+      hedger: the method whose network is trained, "dhntb" (the band) or "dhmlp".
+      paths, rows: see `variants_of`.
+    """
+
+    study: Study
+    config: Config
+    n_seeds: int = 5
+    hedger: str = "dhntb"
+    paths: Sequence[int] = ()
+    rows: Sequence[str] = ()
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of every variant."""
+        return list(range(self.config.seed, self.config.seed + self.n_seeds))
+
+    @property
+    def told(self) -> resumable.Told:
+        """The same as it is in ablation.json."""
+        return {
+            "study": self.study,
+            "hedger": self.hedger,
+            "seeds": self.seeds,
+            "paths": list(self.paths),
+            "rows": list(self.rows),
+            "config": self.config.model_dump(mode="json"),
+        }
 
 
-def run_study(
-    study: Study,
-    config: Config,
-    *,
-    n_seeds: int = 5,
-    hedger: str = "dhntb",
-    paths: Sequence[int] = (),
-    rows: Sequence[str] = (),
-    checkpoint_folder: Path | None = None,
-) -> Iterator[dict[str, Any]]:
+def run_study(asked: Asked, *, checkpoint_folder: Path | None = None) -> Iterator[dict[str, Any]]:
     """The contents of ablation.json after each measured epoch: whole, but for the epochs still to come.
 
     What was measured by the last checkpoint comes first, at once.
 
     Args:
-      n_seeds: seeds config.seed, config.seed + 1, ...; a seed is initial parameters and training paths, the
-        same for all variants and those of `scripts/run.py --seed`.
-      hedger: the method whose network is trained, "dhntb" (the band) or "dhmlp".
-      paths, rows: see `variants_of`.
       checkpoint_folder: where every measured epoch leaves a checkpoint, and the last one is gone on from;
         None keeps none.
     Returns: per variant "points", one a measured epoch: spent so far, a seed: epochs, paths, gradients,
@@ -91,18 +94,18 @@ def run_study(
       process, since a machine is seldom idle. "paired": see `_paired`.
     Raises: UsageError as `variants_of` and `make_source`, and for checkpoints of another study.
     """
-    asked = told(study, config, n_seeds=n_seeds, hedger=hedger, paths=paths, rows=rows)
-    variants = variants_of(study, config, paths, rows, hedger=hedger)
+    config = asked.config
+    variants = variants_of(asked.study, config, asked.paths, asked.rows, hedger=asked.hedger)
     source = make_source(config, jax.random.fold_in(jax.random.key(config.seed), _TEST))
     if checkpoint_folder is not None:
-        resumable.begin(checkpoint_folder, asked)
-    judge = Judge(config, source, build_hedger(hedger, config))
+        resumable.begin(checkpoint_folder, asked.told)
+    judge = Judge(config, source, build_hedger(asked.hedger, config))
     clock = "cpu_seconds" if jax.default_backend() == "cpu" else "seconds"
     epochs = measured_epochs(config)
     with progress_bar("compiling", len(variants)) as advance:
         trainers = {}
         for name, variant in variants.items():
-            trainers[name] = _Trainer(variant, config, judge, asked["seeds"])
+            trainers[name] = _Trainer(variant, config, judge, asked.seeds)
             advance(note=variant.label)
     checkpoints = Checkpoints(checkpoint_folder)
     before = _go_on(list(trainers.values()), checkpoints)
@@ -122,8 +125,8 @@ def run_study(
                 )
             before = epoch
             yield {
-                "schema": 1,
-                **asked,
+                "schema": SCHEMA,
+                **asked.told,
                 "finished": epoch == epochs[-1],
                 "metric": judge.metric,
                 "unit": judge.unit,

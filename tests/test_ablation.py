@@ -20,7 +20,7 @@ from dhlnn_jax.ablation import (
 )
 from dhlnn_jax.ablation_figures import diverged, figures_of
 from dhlnn_jax.ablation_report import main, print_ablation
-from dhlnn_jax.ablation_study import last_within, run_study
+from dhlnn_jax.ablation_study import Asked, last_within, run_study
 from dhlnn_jax.config import load_config
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.fitting import build_hedger, build_update
@@ -63,7 +63,7 @@ def tiny_judge():
 def tiny_study():
     """Two seeds of two rows, after each measured epoch."""
     rows = ("adam_more_epochs",)
-    return list(run_study("optimizers", load_config(SMOKE, [*RISK]), n_seeds=2, rows=rows))
+    return list(run_study(Asked("optimizers", load_config(SMOKE, [*RISK]), n_seeds=2, rows=rows)))
 
 
 def test_every_variant_is_options_over_the_same_base():
@@ -284,7 +284,7 @@ def test_last_within_is_the_last_point_that_has_spent_no_more():
 def test_cli_writes_and_redraws_and_refuses(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "here"
 
-    def studied(*args, checkpoint_folder, **options):
+    def studied(asked, *, checkpoint_folder):
         checkpoint_folder.mkdir(parents=True)
         return iter(tiny_study())
 
@@ -299,7 +299,12 @@ def test_cli_writes_and_redraws_and_refuses(tmp_path, capsys, monkeypatch):
     (folder / "ablation_controls.png").unlink()
     assert main(["--report", str(folder)]) == 0
     assert (folder / "ablation_controls.png").exists()
+    (folder / "ablation_noise.png").touch()  # of another study
     assert main([*command, "--overwrite"]) == 0
+    assert {p.name for p in folder.iterdir()} == {"ablation.json", "ablation_controls.png"}
+    (folder / "ablation.json").write_text('{"schema": 1, "variants": {}}')
+    assert main(["--report", str(folder)]) == 2
+    assert "was not written by an ablation of this version" in capsys.readouterr().err
     capsys.readouterr()
 
 
@@ -366,11 +371,8 @@ def test_study_cut_off_goes_on_from_its_last_checkpoint_to_the_same_numbers(tmp_
 
 def test_study_killed_before_its_last_results_were_written_writes_them_first(tmp_path):
     def study():
-        config = load_config(SMOKE, [*RISK])
-        rows = ("adam_more_epochs",)
-        return run_study(
-            "optimizers", config, n_seeds=2, rows=rows, checkpoint_folder=tmp_path / "checkpoints"
-        )
+        asked = Asked("optimizers", load_config(SMOKE, [*RISK]), n_seeds=2, rows=("adam_more_epochs",))
+        return run_study(asked, checkpoint_folder=tmp_path / "checkpoints")
 
     (*_, last) = study()
     assert last["finished"]
