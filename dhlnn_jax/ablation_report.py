@@ -3,7 +3,6 @@
 ablation.json holds everything, see `ablation_study.run_study`; ablation_*.png are drawn from it.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from dhlnn_jax.ablation_figures import diverged, draw, value_label
 from dhlnn_jax.ablation_study import SCHEMA, Asked, run_study
 from dhlnn_jax.config import load_config
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.files import read_json, write_json
 from dhlnn_jax.notes import ONE_WAY
-from dhlnn_jax.results import write_json
 from dhlnn_jax.script import Parser, config_first, config_line, exit_code
 
 Results = dict[str, Any]
@@ -149,11 +148,8 @@ def read_ablation(folder: Path) -> Results:
     path = folder / _FILE
     if not path.exists():
         raise UsageError(f"{str(folder)!r} holds no ablation: {_FILE} is missing")
-    try:
-        results = json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+    results = read_json(path)
+    if results.get("schema") != SCHEMA:
         raise UsageError(f"{path}: was not written by an ablation of this version")
     return results
 

@@ -1,6 +1,5 @@
 """Parameters and training states on disk (orbax: no pickle, each save appears whole or not at all)."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from dhlnn_jax.results import write_json
+from dhlnn_jax.files import read_json, write_json
 
 
 def save_tree(folder: Path, tree: Any) -> None:
@@ -70,4 +69,4 @@ class Checkpoints:
         """Arrays (as `load_tree`) and log of the last complete one; None without one."""
         if self.newest is None:
             return None
-        return load_tree(Path(self.newest), like), json.loads(Path(f"{self.newest}.json").read_text())
+        return load_tree(Path(self.newest), like), read_json(Path(f"{self.newest}.json"))

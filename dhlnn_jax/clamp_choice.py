@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dhlnn_jax.files import write_json
 from dhlnn_jax.hedge import CLAMPS
-from dhlnn_jax.results import device_name, write_json
+from dhlnn_jax.results import device_name
 from dhlnn_jax.runtime import cache_folder
 
 DECISIONS = 1_000_000  # of every horizon: paths x steps

@@ -11,9 +11,9 @@ from dhlnn_jax.diagnostics import make_diagnostics
 from dhlnn_jax.diagnostics_figure import diagnostics_figure
 from dhlnn_jax.diagnostics_report import print_diagnostics
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.files import write_json
 from dhlnn_jax.fitting import build_hedger, build_update, make_contract
 from dhlnn_jax.progress import progress_bar
-from dhlnn_jax.results import write_json
 from dhlnn_jax.script import Parser, config_first, config_line, exit_code
 from dhlnn_jax.source import make_source
 from dhlnn_jax.train import OBJECTIVES, TrainInfo, TrainState, first_state, fit, make_train_step

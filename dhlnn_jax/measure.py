@@ -24,11 +24,12 @@ from jaxtyping import Array, PRNGKeyArray
 from dhlnn_jax import streaming
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.evaluate import HedgedPaths, Regret, as_report, hedged_paths, regret_report
+from dhlnn_jax.files import write_json
 from dhlnn_jax.fitting import make_contract
 from dhlnn_jax.market import SIMULATORS, make_simulation_sampler
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.report import label_of, tail_not_estimable
-from dhlnn_jax.results import Results, machine, read_results, write_json
+from dhlnn_jax.results import Results, machine, read_results
 from dhlnn_jax.script import Parser, exit_code, show_help
 from dhlnn_jax.settings import Settings, make_settings
 from dhlnn_jax.trained import TrainedHedger, load

@@ -1,12 +1,11 @@
 """The user's own paths, from a .npz or .parquet file."""
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.files import read_arrays
 from dhlnn_jax.recorded import (
     RecordedMarket,
     normalised_paths,
@@ -89,11 +88,7 @@ def _labels(
 
 
 def _read_npz(file: Path, n_points: int) -> tuple[dict[str, np.ndarray], int]:
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UsageError(f"{file}: not a readable .npz of plain arrays ({type(error).__name__})") from None
+    arrays = read_arrays(file)
     if "spot" not in arrays:
         raise UsageError(
             f"{file}: no array 'spot' [n_paths, n_times], found {', '.join(sorted(arrays)) or 'none'}"

@@ -12,17 +12,14 @@ meta.json         device, versions, commit, seconds, notes
 *.png             figures, drawn from the files above by `figures`
 """
 
-import json
-import os
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,6 +27,7 @@ import tomli_w
 
 from dhlnn_jax.config import Config, make_config
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.files import read_arrays, read_json, write_json, write_whole
 
 # All that a run and its report write; overwriting would delete anything else with them.
 _OURS = (
@@ -109,14 +107,14 @@ def open_folder(folder: Path, config: Config, *, overwrite: bool, resume: bool) 
     except OSError as error:
         raise UsageError(f"cannot make the results folder {str(folder)!r}: {error.strerror}") from None
     values = _without_none(config.model_dump(mode="json"))
-    _write(folder / "config.toml", lambda file: tomli_w.dump(values, file))
+    write_whole(folder / "config.toml", lambda file: tomli_w.dump(values, file))
 
 
 def write_results(results: Results) -> None:
     """Writes everything but parameters and figures; metrics.json comes last and marks the run as finished."""
     folder = results.folder
     for name in _ARRAYS:
-        _write(folder / f"{name}.npz", partial(np.savez_compressed, **getattr(results, name)))
+        write_whole(folder / f"{name}.npz", partial(np.savez_compressed, **getattr(results, name)))
     write_json(folder / "meta.json", results.meta)
     write_json(folder / "metrics.json", results.metrics)
 
@@ -124,23 +122,19 @@ def write_results(results: Results) -> None:
 def read_results(folder: str | Path) -> Results:
     """A finished run, from its folder alone.
 
-    Raises: UsageError if there is no finished run in the folder.
+    Raises: UsageError if there is no finished run in the folder, or one of its files is damaged.
     """
     folder = Path(folder)
     for name in ("config.toml", "metrics.json", "meta.json", *(f"{name}.npz" for name in _ARRAYS)):
         if not (folder / name).exists():
             raise UsageError(f"{str(folder)!r} holds no finished run: {name} is missing")
-    arrays = {}
-    for name in _ARRAYS:
-        with np.load(folder / f"{name}.npz", allow_pickle=False) as file:
-            arrays[name] = dict(file)
     return Results(
         config=read_config(folder),
-        metrics=json.loads((folder / "metrics.json").read_text()),
-        meta=json.loads((folder / "meta.json").read_text()),
-        pnl=arrays["pnl"],
-        sample_path=arrays["sample_path"],
-        bands=arrays["bands"],
+        metrics=read_json(folder / "metrics.json"),
+        meta=read_json(folder / "meta.json"),
+        pnl=read_arrays(folder / "pnl.npz"),
+        sample_path=read_arrays(folder / "sample_path.npz"),
+        bands=read_arrays(folder / "bands.npz"),
         folder=folder,
     )
 
@@ -160,12 +154,6 @@ def read_config(folder: Path) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not readable as TOML: {error}") from None
     return make_config(values, source=str(path))
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes JSON by replacing the file; not-a-number is refused rather than written."""
-    text = json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    _write(path, lambda file: file.write(text.encode()))
 
 
 def machine() -> dict[str, Any]:
@@ -195,14 +183,6 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes beside the file and moves it into place, so that a kill leaves the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        write(file)
-    os.replace(partial, path)
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

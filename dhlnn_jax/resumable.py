@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dhlnn_jax.errors import UsageError
-from dhlnn_jax.results import write_json
+from dhlnn_jax.files import read_json, write_json
 
 Told = dict[str, Any]  # which work it is, as JSON: "config", and whatever else it depends on
 
@@ -71,7 +71,7 @@ def discard(checkpoints: Path) -> None:
 
 
 def _check_same(file: Path, told: Told) -> dict[str, Any]:
-    kept = json.loads(file.read_text())
+    kept = read_json(file)
     if _as_text({name: kept.get(name) for name in told}) != _as_text(told):
         raise UsageError(f"{str(file)!r} is of another configuration or other options; use --overwrite")
     return kept

@@ -17,13 +17,14 @@ from dhlnn_jax import resumable
 from dhlnn_jax.case import Case, make_case
 from dhlnn_jax.config import Config, make_config
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.files import write_json
 from dhlnn_jax.fitting import rate_option
 from dhlnn_jax.fleet import TRACED_OPTIONS, keys_of
 from dhlnn_jax.measured import Row, case_metrics, measured_rows
 from dhlnn_jax.methods import METHODS
 from dhlnn_jax.notes import no_liability, not_trading_is_optimal, notes_of
 from dhlnn_jax.progress import progress_bar
-from dhlnn_jax.results import machine, write_json
+from dhlnn_jax.results import machine
 from dhlnn_jax.source import make_sources
 
 SweepResults = dict[str, Any]

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.files import write_json
 from dhlnn_jax.progress import progress_bar
-from dhlnn_jax.results import machine, write_json
+from dhlnn_jax.results import machine
 
 
 def spread(samples: Sequence[float], unit: str) -> dict[str, Any]:

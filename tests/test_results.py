@@ -1,6 +1,5 @@
 """The results folder: who may write where, and files that appear whole or not at all."""
 
-import json
 import tomllib
 
 import numpy as np
@@ -15,7 +14,6 @@ from dhlnn_jax.results import (
     open_folder,
     read_config,
     read_results,
-    write_json,
     write_results,
 )
 
@@ -133,16 +131,14 @@ def test_config_that_was_edited_by_hand_is_checked(tmp_path):
             read_results(tmp_path / "run")
 
 
-def test_json_is_whole_or_as_before(tmp_path):
-    file = tmp_path / "numbers.json"
-    write_json(file, {"a": [1.5, None, "é"]})
-    assert json.loads(file.read_text()) == {"a": [1.5, None, "é"]}
-    for bad in (float("nan"), float("inf")):
-        with pytest.raises(ValueError):
-            write_json(file, {"a": bad})
-    with pytest.raises(TypeError):
-        write_json(file, {"a": object()})
-    assert json.loads(file.read_text()) == {"a": [1.5, None, "é"]}
+@pytest.mark.parametrize("name", ["metrics.json", "meta.json", "pnl.npz", "sample_path.npz", "bands.npz"])
+def test_damaged_file_is_named_in_one_line(tmp_path, name):
+    finished(tmp_path / "run")
+    file = tmp_path / "run" / name
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(UsageError, match=rf"{name}: not (a )?readable") as raised:
+        read_results(tmp_path / "run")
+    assert "\n" not in str(raised.value)
 
 
 def test_interrupted_writing_leaves_the_old_array_file(tmp_path, monkeypatch):
