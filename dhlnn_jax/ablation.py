@@ -251,4 +251,4 @@ def seeing_noise(hedger: Hedger) -> Hedger:
         seen = path._replace(spot=path.spot * (1.0 + path.half_spread), half_spread=None)
         return hedger.inputs(seen, settings)
 
-    return hedger._replace(inputs=inputs)
+    return hedger._replace(inputs=inputs, piecewise=None)

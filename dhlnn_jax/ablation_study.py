@@ -26,7 +26,7 @@ from dhlnn_jax.ablation import (
 from dhlnn_jax.ablation_judge import Judge
 from dhlnn_jax.checkpoint import Checkpoints
 from dhlnn_jax.config import Config
-from dhlnn_jax.fitting import build_hedger, build_update
+from dhlnn_jax.fitting import build_hedger, build_update, rows_options
 from dhlnn_jax.fleet import on_host
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.results import machine
@@ -170,7 +170,7 @@ class _Trainer:
         self.n_paths, self._settings = self.config.training.n_paths, judge.source.settings
         self.sample = judge.source.train
         update = build_update(variant.update, self.config)
-        hedger, on_cpu = judge.hedger, jax.default_backend() == "cpu"
+        hedger = judge.hedger
         if variant.price_noise:
             hedger, self.sample = seeing_noise(hedger), with_price_noise(self.sample, variant.price_noise)
         step = make_train_step(
@@ -181,7 +181,7 @@ class _Trainer:
             update,
             n_paths=self.n_paths,
             curvature=CURVATURES.get(config.risk.kind),
-            chunk_size=config.training.chunk_size or (500 if on_cpu else None),
+            **rows_options(variant.update, self.config, compiled_free=True),
         )
 
         def train(states, keys, settings, n_epochs):

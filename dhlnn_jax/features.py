@@ -115,6 +115,34 @@ FEATURES: dict[str, Feature] = {
     )
 }
 
+Bends = Callable[[MarketPath, Settings], list[Array]]
+
+
+def _bends_of_deviations(path: MarketPath, settings: Settings) -> list[Array]:
+    cut = 10.0 * volatility(path, settings) * jnp.sqrt(time_to_maturity(path, settings))
+    return [-cut, cut]
+
+
+# Features that at each time are affine in `log_moneyness`, but for some numbers of it [n_times] at which they
+# bend, and see nothing else of a path of spots alone. What is not named here is neither.
+BENDS: dict[str, Bends] = {
+    **dict.fromkeys(
+        (
+            "log_spot",
+            "log_moneyness",
+            "time_to_maturity",
+            "volatility",
+            "standardised_log_moneyness",
+            "standardised_time_to_maturity",
+            "cost_rate",
+            "risk_aversion",
+            "strike",
+        ),
+        lambda path, settings: [],
+    ),
+    "deviations_from_strike": _bends_of_deviations,
+}
+
 
 def feature_matrix(
     names: Sequence[str], path: MarketPath, settings: Settings

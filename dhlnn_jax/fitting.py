@@ -27,6 +27,10 @@ from dhlnn_jax.source import Source
 
 Params = Any
 
+_WORTH_PIECES = (
+    3e11  # operations: some 3 s on two cores, and what compiling pieces takes (docs/performance.md)
+)
+
 
 def build_hedger(name: str, config: Config) -> Hedger:
     """The trainable hedger of a method."""
@@ -127,6 +131,29 @@ def build_update(
         inner_update=nested.inner_update,
         linearization=nested.linearization,
     )
+
+
+def rows_options(name: str, config: Config, *, compiled_free: bool = False) -> dict[str, Any]:
+    """How decisions go through a method's network in training: chunk_size and by_pieces of `make_train_step`.
+
+    A CPU is fastest on chunks that stay in its cache, an accelerator on everything at once.
+
+    Args:
+      compiled_free: only running counts, as where many trainings or steps share a program.
+    """
+    training, on_cpu = config.training, jax.default_backend() == "cpu"
+    by_pieces = training.by_pieces == "always"
+    if training.by_pieces == "auto" and on_cpu and training.n_paths >= 8 * sum(config.model.hidden_sizes):
+        by_pieces = compiled_free or _operations(name, config) > _WORTH_PIECES
+    return {"chunk_size": training.chunk_size or (500 if on_cpu else None), "by_pieces": by_pieces}
+
+
+def _operations(name: str, config: Config) -> int:
+    """Floating-point operations of a whole training if every row is differentiated."""
+    n_gradients = config.nested.n_inner if METHODS[name].update == "nested" else 1
+    sizes = (len(config.model.features), *config.model.hidden_sizes, 2)
+    a_row = 3 * 2 * sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+    return a_row * config.training.n_paths * config.market.n_steps * config.training.epochs * n_gradients
 
 
 def made_from(what: str, config: Config, source: Source) -> str | None:

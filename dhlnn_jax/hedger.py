@@ -5,7 +5,7 @@ what gets linearized or chunked by rows, everything after (`position`, `band`) d
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from dhlnn_jax.features import feature_matrix
+from dhlnn_jax.features import BENDS, feature_matrix
 from dhlnn_jax.hedge import (
     CLAMPS,
     Rule,
@@ -23,7 +23,8 @@ from dhlnn_jax.hedge import (
 )
 from dhlnn_jax.linearize import OutputLayer
 from dhlnn_jax.market import MarketPath, observed_path
-from dhlnn_jax.model import BandNetwork, HedgeNetwork, band_output_layer
+from dhlnn_jax.model import BandNetwork, HedgeNetwork, band_hidden_layers, band_output_layer
+from dhlnn_jax.pieces import HiddenLayer
 from dhlnn_jax.settings import Settings
 
 Params = Any
@@ -40,6 +41,18 @@ class Anchor(NamedTuple):
     half_width: Array
 
 
+class Piecewise(NamedTuple):
+    """A network whose inputs at each time are piecewise linear in `features.log_moneyness`, see `pieces`.
+
+    Attributes:
+      layers: params -> its hidden layers.
+      bends: (observed path of spots, settings) -> log-moneyness at which an input bends, [n_times] each.
+    """
+
+    layers: Callable[[Params], Sequence[HiddenLayer]]
+    bends: Callable[[MarketPath, Settings], list[Array]]
+
+
 class Hedger(NamedTuple):
     """A trainable hedger on one path.
 
@@ -53,6 +66,7 @@ class Hedger(NamedTuple):
       memoryless: outputs of one decision depend on no other, so that decisions may go through in any chunks.
       output_layer: the parameters in which `outputs` are linear, its inputs from (params, features, anchor);
         None if they feed back into later inputs.
+      piecewise: None if the features say more than time and moneyness.
     """
 
     init: Callable[[PRNGKeyArray], Params]
@@ -63,6 +77,7 @@ class Hedger(NamedTuple):
     response: Callable[[Params, Array, Anchor, Array], Array] | None = None
     memoryless: bool = False
     output_layer: OutputLayer | None = None
+    piecewise: Piecewise | None = None
 
 
 class Policy(NamedTuple):
@@ -161,7 +176,11 @@ def make_band_hedger(
         half_widths = nn.leaky_relu(anchor.half_width[..., None] + raw, 0.01)
         return anchor.centre - half_widths[..., 0], anchor.centre + half_widths[..., 1]
 
+    def bends(path: MarketPath, settings: Settings) -> list[Array]:
+        return [at for name in features for at in BENDS[name](path, settings)]
+
     layer, held = band_output_layer(network), CLAMPS[clamp]
+    layers = partial(band_hidden_layers, network)
     return Hedger(
         init=lambda key: network.init(key, jnp.zeros((1, len(features)))),
         inputs=make_inputs(
@@ -172,6 +191,7 @@ def make_band_hedger(
         band=band,
         memoryless=True,
         output_layer=layer._replace(inputs=lambda params, features, anchor: layer.inputs(params, features)),
+        piecewise=Piecewise(layers, bends) if BENDS.keys() >= set(features) else None,
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dhlnn_jax.linearize import OutputLayer
+from dhlnn_jax.pieces import HiddenLayer
 
 
 class Columns(nn.Module):
@@ -97,6 +98,12 @@ def band_output_layer(network: BandNetwork) -> OutputLayer:
         return {**params, "params": {**params["params"], "Perceptron_0": layers}}
 
     return OutputLayer(inputs, weights, replace)
+
+
+def band_hidden_layers(network: BandNetwork, params: Any) -> list[HiddenLayer]:
+    """The ReLU layers of a band network, first to last."""
+    layers = params["params"]["Perceptron_0"]
+    return [HiddenLayer(**layers[f"Dense_{i}"]) for i in range(len(network.hidden_sizes))]
 
 
 class HedgeNetwork(nn.Module):

@@ -44,7 +44,7 @@ class RowNetwork(NamedTuple):
     def _by_path(self, outputs: Array) -> Array:
         if self.hedger.memoryless:
             outputs = self._cut_off(outputs).reshape(*self.features.shape[:2], *outputs.shape[1:])
-        return shared_by_paths(outputs, self.mesh)
+        return shared(outputs, self.mesh)
 
     def _by_row(self, outputs: Array) -> Array:
         """What `_by_path` takes from what it returns: cotangents, or anything that goes with them."""
@@ -54,7 +54,7 @@ class RowNetwork(NamedTuple):
         """Rows made up to a multiple of `_MULTIPLE` on every device, where all go at once."""
         if self.chunk_size is not None:
             return rows
-        by_device = rows.reshape(self._n_devices, -1, *rows.shape[1:])
+        by_device = rows.reshape(self.n_devices, -1, *rows.shape[1:])
         added = (0, -by_device.shape[1] % _MULTIPLE)
         filled = jnp.pad(by_device, ((0, 0), added, *((0, 0),) * (rows.ndim - 1)), **how)
         return filled.reshape(-1, *rows.shape[1:])
@@ -63,12 +63,12 @@ class RowNetwork(NamedTuple):
         """Without the rows that `_filled_up` has added."""
         if self.chunk_size is not None:
             return rows
-        by_device = rows.reshape(self._n_devices, -1, *rows.shape[1:])
+        by_device = rows.reshape(self.n_devices, -1, *rows.shape[1:])
         n_paths, n_steps = self.features.shape[:2]
-        return by_device[:, : n_paths * n_steps // self._n_devices].reshape(-1, *rows.shape[1:])
+        return by_device[:, : n_paths * n_steps // self.n_devices].reshape(-1, *rows.shape[1:])
 
     @property
-    def _n_devices(self) -> int:
+    def n_devices(self) -> int:
         return 1 if self.mesh is None else self.mesh.size
 
     @property
@@ -121,8 +121,15 @@ def _merge(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def shared_by_paths(batch: Any, mesh: Mesh | None) -> Any:
+def shared(batch: Any, mesh: Mesh | None) -> Any:
     """Lays the leading axis of all arrays over the devices of the mesh's one axis (under jit)."""
     if mesh is None:
         return batch
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
+
+
+def held_by_all(batch: Any, mesh: Mesh | None) -> Any:
+    """Gives every device of the mesh all of the arrays (under jit)."""
+    if mesh is None:
+        return batch
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec()))

@@ -13,9 +13,10 @@ from dhlnn_jax.hedger import Hedger, batched_inputs
 from dhlnn_jax.linearize import Linearization, linearize_at
 from dhlnn_jax.market import Sampler
 from dhlnn_jax.nested import Problem, Update
+from dhlnn_jax.piece_network import PieceNetwork, has_pieces
 from dhlnn_jax.pnl import COST_MODELS, Contract, contract_pnl, turnover
 from dhlnn_jax.risk import entropic_risk_measure, expected_shortfall, quadratic_risk
-from dhlnn_jax.row_network import RowNetwork, shared_by_paths
+from dhlnn_jax.row_network import RowNetwork, shared
 from dhlnn_jax.settings import Settings
 
 Params = Any
@@ -87,6 +88,7 @@ def make_train_step(
     curvature: Objective | None = None,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
+    by_pieces: bool = False,
 ) -> TrainStep:
     """One epoch: fresh paths, one update. Pure; the caller jits it.
 
@@ -97,16 +99,20 @@ def make_train_step(
       chunk_size: decisions that go through the network at a time, see `rows.in_chunks`; None: all at once.
       mesh: devices that share the paths evenly, over its one axis; the state is the same on all of them. On a
         CPU, wait for one step (`jax.block_until_ready`) before the next: two in flight can deadlock.
+      by_pieces: networks that are piecewise linear in the moneyness, on paths of spots alone, go through in
+        a few rows a piece instead of one a decision, see `piece_network`; other hedgers are not concerned.
     Returns: `step(state, key, settings) -> (state, info)`.
-    Numerics: results are the same for every chunk_size and mesh, to rounding.
+    Numerics: results are the same for every chunk_size, mesh and by_pieces, to rounding.
     """
     exact = update.cost_surrogate == "absolute"
     surrogate = contract if exact else contract._replace(cost_model=COST_MODELS[update.cost_surrogate])
 
     def step(state: TrainState, key: PRNGKeyArray, settings: Settings) -> tuple[TrainState, TrainInfo]:
-        paths = shared_by_paths(sample(key, n_paths, settings)[0], mesh)
-        features, anchor = shared_by_paths(batched_inputs(hedger, paths, settings), mesh)
-        network = RowNetwork(hedger, features, anchor, chunk_size, mesh)
+        paths = shared(sample(key, n_paths, settings)[0], mesh)
+        features, anchor = shared(batched_inputs(hedger, paths, settings), mesh)
+        rows = RowNetwork(hedger, features, anchor, chunk_size, mesh)
+        cut_up = by_pieces and has_pieces(hedger, paths)
+        network = PieceNetwork(rows, paths, settings) if cut_up else rows
 
         def positions(raw: Array) -> Array:
             return jax.vmap(hedger.position)(raw, anchor)
@@ -140,8 +146,8 @@ def make_train_step(
             surrogate_value=None if exact else lambda y: pnl_of(surrogate, hedge(y)),
             linearize=linearize,
             risk_curvature=None if curvature is None else lambda pnl: curvature(pnl, settings),
-            inputs=None if hedger.output_layer is None else network.inputs,
-            row_moments=network.row_moments,
+            inputs=None if hedger.output_layer is None else rows.inputs,
+            row_moments=rows.row_moments,
         )
         params, update_state, info = update.apply(problem, state.params, state.update)
         mean_turnover = jnp.mean(jax.vmap(turnover)(hedge(info.outputs)))

@@ -26,6 +26,7 @@ from dhlnn_jax.fitting import (
     made_from,
     make_contract,
     remedy,
+    rows_options,
     shared_made_from,
 )
 from dhlnn_jax.fleet import (
@@ -169,8 +170,7 @@ class _Trainer:
         sample = self._members[0].source.train
         hedger, contract = build_hedger(name, config), make_contract(config)
         training, objective, max_epochs = self._training, OBJECTIVES[config.risk.kind], self._max_epochs
-        # A CPU is fastest on chunks that stay in its cache, an accelerator on everything at once.
-        chunk_size = training.chunk_size or (500 if jax.default_backend() == "cpu" else None)
+        rows = rows_options(name, config)
 
         def member(
             state: TrainState, key: PRNGKeyArray, settings: Settings, rate: Array, n_epochs: ArrayLike
@@ -178,7 +178,7 @@ class _Trainer:
             step = make_train_step(
                 hedger, sample, contract, objective, build_update(name, config, rate),
                 n_paths=training.n_paths, curvature=CURVATURES.get(config.risk.kind),
-                chunk_size=chunk_size, mesh=mesh,
+                mesh=mesh, **rows,
             )  # fmt: skip
             return make_train_block(step, max_epochs=max_epochs)(state, key, settings, n_epochs)
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
 from dhlnn_jax.config import Config, load_config, make_config
-from dhlnn_jax.fitting import build_hedger, build_update, make_contract
+from dhlnn_jax.fitting import build_hedger, build_update, make_contract, rows_options
 from dhlnn_jax.hedger import Hedger, batched_inputs
 from dhlnn_jax.market import SIMULATORS, Sampler, make_simulation_sampler
 from dhlnn_jax.nested import Update
@@ -70,11 +70,13 @@ def make_workload(
     """The one place that builds the library's training step.
 
     Args:
-      chunk: rows at a time; 0: all at once. n_devices: that share the paths. None: as `fitting` trains.
+      chunk: rows at a time, and no pieces unless always; 0: all at once. n_devices: that share the paths.
+        None: as `fitting` trains.
       rate, epochs: may be traced, as in `fitting.build_update`.
     """
-    if chunk is None:
-        chunk = config.training.chunk_size or (500 if jax.default_backend() == "cpu" else 0)
+    rows = rows_options(method, config, compiled_free=True)
+    if chunk is not None:
+        rows = {"chunk_size": chunk or None, "by_pieces": config.training.by_pieces == "always"}
     mesh = path_mesh(config.training.n_paths, devices=n_devices)
     hedger, update = build_hedger(method, config), build_update(method, config, rate, epochs)
     market, contract, objective = config.market, make_contract(config), OBJECTIVES[config.risk.kind]
@@ -87,8 +89,8 @@ def make_workload(
         update,
         n_paths=config.training.n_paths,
         curvature=CURVATURES.get(config.risk.kind),
-        chunk_size=chunk or None,
         mesh=mesh,
+        **rows,
     )
     return Workload(
         config=config,

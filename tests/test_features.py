@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dhlnn_jax.features import FEATURES, feature_matrix
+from dhlnn_jax.features import BENDS, FEATURES, feature_matrix
 from dhlnn_jax.market import MarketPath, observed_path
 from dhlnn_jax.settings import make_settings
 
@@ -134,3 +134,35 @@ def test_feature_of_one_function_registers_by_name(monkeypatch):
     monkeypatch.setitem(FEATURES, "last_return", last_return)
     matrix = feature_matrix(("last_return", "strike"), MarketPath(jnp.array(SPOT)), settings())
     np.testing.assert_allclose(matrix[:, 0], [0.0, 0.1823216 / 0.3, -0.2876821 / 0.3], atol=1e-6)
+
+
+# --- features that are straight in the log-moneyness ---------------------------------------------------
+
+
+def straightness(name):
+    """The feature on a grid of log-moneyness [n_grid, n_times], the grid, its bends [n_times, n_bends]."""
+    grid = jnp.linspace(-2.0, 2.0, 4001)
+    numbers = settings()
+    spots = numbers.strike * jnp.exp(jnp.broadcast_to(grid[:, None], (grid.shape[0], 3)))
+    value = jax.jit(jax.vmap(lambda spot: FEATURES[name](MarketPath(spot), numbers)))(spots)
+    bends = BENDS[name](MarketPath(spots[0]), numbers)
+    return np.asarray(value), np.asarray(grid), np.stack([*bends, np.full(3, 99.0)], axis=-1)
+
+
+@pytest.mark.parametrize("name", sorted(BENDS))
+def test_features_are_straight_between_their_bends(x64, name):
+    value, grid, bends = straightness(name)
+    bent = np.abs(np.diff(value, 2, axis=0)) > 1e-9  # at each inner point of the grid
+    near = np.min(np.abs(grid[1:-1, None, None] - bends), axis=-1) < grid[1] - grid[0]
+    assert not (bent & ~near).any()
+    assert (bent.sum() > 0) == (bends.shape[1] > 1)  # what is called a bend is one
+
+
+@pytest.mark.parametrize("name", sorted(BENDS))
+def test_features_with_bends_named_see_the_present_spot_alone(x64, name):
+    slope = jax.jacrev(lambda spot: FEATURES[name](MarketPath(spot), settings()))(jnp.array(SPOT))
+    np.testing.assert_array_equal(slope - np.diag(np.diag(slope)), 0.0)
+
+
+def test_features_of_the_maximum_have_no_bends_named():
+    assert FEATURES.keys() - BENDS.keys() == {"max_log_moneyness", "standardised_max_log_moneyness"}

@@ -8,7 +8,7 @@ import pytest
 from runs import CONFIGS, METRICS, small_run
 
 from dhlnn_jax.config import load_config, make_config
-from dhlnn_jax.fitting import build_hedger, build_policy, build_update
+from dhlnn_jax.fitting import build_hedger, build_policy, build_update, rows_options
 from dhlnn_jax.hedge import DELTAS
 from dhlnn_jax.hedger import Anchor
 from dhlnn_jax.market import MarketPath
@@ -182,3 +182,35 @@ def test_shipped_configs_build_every_method_they_name():
         for name in loaded.methods:
             policy = build_policy(name, loaded, settings_of(loaded))
             assert callable(policy.hedge_ratio)
+
+
+# --- rows in training -----------------------------------------------------------------------------------
+
+
+def big(**training):
+    sizes = {"hidden_sizes": [64] * 4, "features": ["log_moneyness", "time_to_maturity"]}
+    return config(model=sizes, training={"n_paths": 10_000, "epochs": 50, **training})
+
+
+def test_long_training_on_a_cpu_goes_by_pieces():
+    assert rows_options("dhntb", big()) == {"chunk_size": 500, "by_pieces": True}
+    assert not rows_options("dhntb", big(epochs=10))["by_pieces"]  # compiling would take longer
+    assert rows_options("dhntb", big(epochs=10), compiled_free=True)["by_pieces"]
+    assert rows_options("dhlnn", big(epochs=10))["by_pieces"]  # five gradients an epoch
+    few = big(n_paths=2_000, epochs=400)  # beside the pieces
+    assert not rows_options("dhntb", few)["by_pieces"]
+    assert not rows_options("dhntb", few, compiled_free=True)["by_pieces"]
+    shipped = load_config(CONFIGS / "quickstart.toml")
+    assert [rows_options(name, shipped)["by_pieces"] for name in ("dhlnn", "dhntb")] == [True, False]
+
+
+def test_pieces_are_taken_as_configured():
+    assert not rows_options("dhntb", big(by_pieces="never"))["by_pieces"]
+    assert rows_options("dhntb", big(by_pieces="always", epochs=1))["by_pieces"]
+    assert rows_options("dhntb", big(chunk_size=123))["chunk_size"] == 123
+
+
+def test_accelerators_take_all_rows_at_once(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert rows_options("dhntb", big()) == {"chunk_size": None, "by_pieces": False}
+    assert rows_options("dhntb", big(by_pieces="always"))["by_pieces"]

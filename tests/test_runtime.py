@@ -18,7 +18,7 @@ from dhlnn_jax.errors import UsageError
 TRAIN = """
 import json, re, sys
 from dhlnn_jax import runtime
-coordinator, n_processes, process, devices, chunk = sys.argv[1], *map(int, sys.argv[2:])
+coordinator, n_processes, process, devices, chunk, by_pieces = sys.argv[1], *map(int, sys.argv[2:])
 runtime.prepare(devices=devices)
 if n_processes > 1:
     runtime.join(coordinator, n_processes=n_processes, process=process)
@@ -41,7 +41,7 @@ update = nested_update(optax.adam(1e-3), learning_rate=1e-3, n_inner=2)
 mesh = runtime.path_mesh(256)
 sample = make_simulation_sampler(SIMULATORS["gbm"], n_steps=5)
 contract, objective = Contract(CLAIMS["european_call"]), OBJECTIVES["entropic"]
-rows = {"n_paths": 256, "chunk_size": chunk or None, "mesh": mesh}
+rows = {"n_paths": 256, "chunk_size": chunk or None, "mesh": mesh, "by_pieces": bool(by_pieces)}
 step = jax.jit(make_train_step(hedger, sample, contract, objective, update, **rows))
 state = init_state(hedger, update, jax.random.key(0))
 if mesh is not None:
@@ -58,14 +58,15 @@ print(json.dumps({**numbers, "gradient_norm": float(info.gradient_norm)}))
 
 
 @functools.cache
-def trained(n_processes, devices, chunk=50):
+def trained(n_processes, devices, chunk=50, by_pieces=0):
     """What every process printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     jobs = [
         subprocess.Popen(
-            [sys.executable, "-c", TRAIN, coordinator, *map(str, (n_processes, process, devices, chunk))],
+            [sys.executable, "-c", TRAIN, coordinator]
+            + [str(number) for number in (n_processes, process, devices, chunk, by_pieces)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -81,10 +82,11 @@ def trained(n_processes, devices, chunk=50):
     return printed
 
 
-def test_training_is_the_same_on_two_processes_of_two_devices():
+@pytest.mark.parametrize("by_pieces", [0, 1])
+def test_training_is_the_same_on_two_processes_of_two_devices(by_pieces):
     (single,) = trained(1, 1)
     assert single["devices"] == 1
-    for shared in trained(2, 2):
+    for shared in trained(2, 2, by_pieces=by_pieces):
         assert shared["devices"] == 4
         for name in ("risk", "gradient_norm", "params"):
             assert shared[name] == pytest.approx(single[name], rel=2e-5, abs=1e-6), name
