@@ -11,6 +11,7 @@ from jaxtyping import ArrayLike
 
 from dhlnn_jax.clamp_choice import fastest_clamp
 from dhlnn_jax.config import Config
+from dhlnn_jax.errors import UsageError
 from dhlnn_jax.evaluate import HedgedPaths
 from dhlnn_jax.fleet import TRACED_OPTIONS, fleet_evaluator, stacked
 from dhlnn_jax.hedge import DELTAS
@@ -143,6 +144,8 @@ def rows_options(name: str, config: Config, *, compiled_free: bool = False) -> d
     """
     training, on_cpu = config.training, jax.default_backend() == "cpu"
     by_pieces = training.by_pieces == "always"
+    if by_pieces and not on_cpu and training.chunk_size is None:
+        raise UsageError("training.by_pieces 'always' needs a training.chunk_size on an accelerator")
     if training.by_pieces == "auto" and on_cpu and training.n_paths >= 8 * sum(config.model.hidden_sizes):
         by_pieces = compiled_free or _operations(name, config) > _WORTH_PIECES
     return {"chunk_size": training.chunk_size or (500 if on_cpu else None), "by_pieces": by_pieces}

@@ -45,11 +45,12 @@ class Piecewise(NamedTuple):
     """A network whose inputs at each time are piecewise linear in `features.log_moneyness`, see `pieces`.
 
     Attributes:
-      layers: params -> its hidden layers.
+      layers: params -> its hidden layers. n_units: of all of them together.
       bends: (observed path of spots, settings) -> log-moneyness at which an input bends, [n_times] each.
     """
 
     layers: Callable[[Params], Sequence[HiddenLayer]]
+    n_units: int
     bends: Callable[[MarketPath, Settings], list[Array]]
 
 
@@ -191,7 +192,7 @@ def make_band_hedger(
         band=band,
         memoryless=True,
         output_layer=layer._replace(inputs=lambda params, features, anchor: layer.inputs(params, features)),
-        piecewise=Piecewise(layers, bends) if BENDS.keys() >= set(features) else None,
+        piecewise=Piecewise(layers, sum(hidden_sizes), bends) if BENDS.keys() >= set(features) else None,
     )
 
 

@@ -12,6 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+_ROOM = 2  # knots a unit; up to 1.3 were seen before, during and after training (docs/performance.md)
+
+
+def room_for_pieces(n_first: int, n_units: int) -> int:
+    """Pieces between the knots of `find_knots`, those that are not used included."""
+    return n_first - 1 + _ROOM * n_units
+
 
 class HiddenLayer(NamedTuple):
     """A dense ReLU layer: kernel [n_inputs, n_outputs], bias [n_outputs]."""
@@ -34,7 +41,7 @@ def find_knots(
       layers: the hidden ones.
       first: in ascending order, both ends of the domain and all points at which a feature bends.
       features: at each of them; affine in between.
-    Returns: knots in ascending order, infinite behind the last one, with room for two a unit; and whether
+    Returns: knots in ascending order, infinite behind the last one (see `room_for_pieces`); and whether
       that was enough.
     Numerics: a knot is off by rounding; from there to the true one outputs are, too, and gradients are those
       of the other side, as at a kink. In full float32 on every device. Not differentiable.
@@ -43,7 +50,7 @@ def find_knots(
     knots, inputs, fits = first, features, jnp.asarray(True)
     for layer in layers:
         before = jnp.matmul(inputs, layer.kernel, precision="highest") + layer.bias[None]
-        knots, before, enough = _with_sign_changes(knots, before, n_new=2 * layer.bias.shape[0])
+        knots, before, enough = _with_sign_changes(knots, before, n_new=_ROOM * layer.bias.shape[0])
         inputs, fits = jax.nn.relu(before), fits & enough
     return knots, fits
 

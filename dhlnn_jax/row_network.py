@@ -21,13 +21,19 @@ _MULTIPLE = 1024
 
 
 class RowNetwork(NamedTuple):
-    """A hedger's outputs on a batch: a row is a decision, or a whole path if the hedger has a memory."""
+    """A hedger's outputs on a batch: a row is a decision, or a whole path if the hedger has a memory.
+
+    Attributes:
+      features, anchor: its inputs, [n_paths, n_steps, ...]. chunk_size, mesh: see `rows.in_chunks`.
+      n_first: so many paths of every device go through, for `PieceNetwork`; None: all.
+    """
 
     hedger: Hedger
     features: Array
     anchor: Anchor
     chunk_size: int | None
     mesh: Mesh | None
+    n_first: Array | None = None
 
     @property
     def _rows(self) -> tuple[Array, Anchor]:
@@ -76,16 +82,21 @@ class RowNetwork(NamedTuple):
         """Chunks are shared out by hand; without them the compiler shares the work along the paths."""
         return None if self.chunk_size is None else self.mesh
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        n_first = self.n_first
+        if n_first is not None and self.hedger.memoryless:
+            n_first = n_first * self.features.shape[1]
+        return {"chunk_size": self.chunk_size, "mesh": self._chunk_mesh, "n_first": n_first}
+
     def outputs(self, params: Params) -> Array:
         """[n_paths, n_steps, ...]."""
-        apply = in_chunks(self._apply, chunk_size=self.chunk_size, mesh=self._chunk_mesh)
+        apply = in_chunks(self._apply, **self._options)
         return self._by_path(apply(params, *self._rows))
 
     def linearize(self, params: Params) -> Linearization:
         """`outputs` at params with its derivatives in both directions."""
-        rows = linearize_rows(
-            self._apply, params, *self._rows, chunk_size=self.chunk_size, mesh=self._chunk_mesh
-        )
+        rows = linearize_rows(self._apply, params, *self._rows, **self._options)
         return Linearization(
             self._by_path(rows.value),
             lambda tangent: self._by_path(rows.jvp(tangent)),

@@ -21,7 +21,9 @@ Rows = Any  # pytree of arrays [n_rows, ...]
 ApplyRows = Callable[..., Array]  # (params, *rows [n_rows, ...]) -> [n_rows, ...]
 
 
-def in_chunks(apply_fn: ApplyRows, *, chunk_size: int | None, mesh: Mesh | None = None) -> ApplyRows:
+def in_chunks(
+    apply_fn: ApplyRows, *, chunk_size: int | None, mesh: Mesh | None = None, n_first: Array | None = None
+) -> ApplyRows:
     """`apply_fn` a chunk of rows at a time: same outputs, same gradient to params, a fraction of the memory.
 
     Forward keeps the outputs only. Backward gathers the rows whose output cotangent is not exactly zero,
@@ -32,6 +34,8 @@ def in_chunks(apply_fn: ApplyRows, *, chunk_size: int | None, mesh: Mesh | None 
       chunk_size: rows at a time, about; 300 to 2000 serve a CPU. None: `apply_fn` itself, for an accelerator.
       mesh: devices that share the rows, over its one axis; each has its own chunks, and their gradients are
         summed. The arguments may live anywhere; None leaves the rows where they are.
+      n_first: only so many rows of every device go through at all, rounded up to whole chunks; behind them
+        outputs are zero or those of the row. None: all.
     Returns: a function like `apply_fn`, but reverse-mode only (see `linearize_rows` for tangents). Works
       under jit, under vmap over params, and in a `shard_map` with check_vma=False, whose caller then sums
       the gradients.
@@ -44,8 +48,10 @@ def in_chunks(apply_fn: ApplyRows, *, chunk_size: int | None, mesh: Mesh | None 
     if chunk_size is None:
         if mesh is not None:
             raise ValueError("mesh needs a chunk_size: without one the compiler shares the rows out itself")
+        if n_first is not None:
+            raise ValueError("n_first needs a chunk_size: without one all rows go through")
         return apply_fn
-    values, _, pullback = _kernels(apply_fn, chunk_size, mesh)
+    values, _, pullback = _kernels(apply_fn, chunk_size, mesh, n_first)
 
     @jax.custom_vjp
     def chunked(params: Params, *rows: Rows) -> Array:
@@ -68,7 +74,12 @@ def in_chunks(apply_fn: ApplyRows, *, chunk_size: int | None, mesh: Mesh | None 
 
 
 def linearize_rows(
-    apply_fn: ApplyRows, params0: Params, *rows: Rows, chunk_size: int | None, mesh: Mesh | None = None
+    apply_fn: ApplyRows,
+    params0: Params,
+    *rows: Rows,
+    chunk_size: int | None,
+    mesh: Mesh | None = None,
+    n_first: Array | None = None,
 ) -> Linearization:
     """`linearize_at` of `params -> apply_fn(params, *rows)`, a chunk of rows at a time.
 
@@ -78,10 +89,9 @@ def linearize_rows(
     Source: paper Eq. (9).
     """
     if chunk_size is None:
-        return linearize_at(
-            lambda params: in_chunks(apply_fn, chunk_size=None, mesh=mesh)(params, *rows), params0
-        )
-    values, pushforward, pullback = _kernels(apply_fn, chunk_size, mesh)
+        plain = in_chunks(apply_fn, chunk_size=None, mesh=mesh, n_first=n_first)
+        return linearize_at(lambda params: plain(params, *rows), params0)
+    values, pushforward, pullback = _kernels(apply_fn, chunk_size, mesh, n_first)
     return Linearization(
         value=values(params0, rows),
         jvp=lambda tangent: pushforward(params0, rows, tangent),
@@ -122,19 +132,21 @@ def _is_primal(x: Any) -> bool:
     return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
 
 
-def _kernels(apply_fn: ApplyRows, chunk_size: int, mesh: Mesh | None) -> tuple[Callable, Callable, Callable]:
+def _kernels(
+    apply_fn: ApplyRows, chunk_size: int, mesh: Mesh | None, n_first: Array | None
+) -> tuple[Callable, Callable, Callable]:
     """Value (params, rows), tangent (params, rows, tangent), pullback (params, rows, cotangent)."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
-    def values(params: Params, rows: tuple) -> Array:
-        return _map_chunks(lambda *chunk: apply_fn(params, *chunk), rows, chunk_size)
+    def values(params: Params, rows: tuple, n_first: Array | None = n_first) -> Array:
+        return _map_chunks(lambda *chunk: apply_fn(params, *chunk), rows, chunk_size, n_first)
 
-    def pushforward(params: Params, rows: tuple, tangent: Params) -> Array:
+    def pushforward(params: Params, rows: tuple, tangent: Params, n_first: Array | None = n_first) -> Array:
         def change(*chunk):
             return jax.jvp(lambda w: apply_fn(w, *chunk), (params,), (tangent,))[1]
 
-        return _map_chunks(change, rows, chunk_size)
+        return _map_chunks(change, rows, chunk_size, n_first)
 
     def pullback(params: Params, rows: tuple, cotangent: Array) -> Params:
         def of_chunk(params: Params, *chunk: Any) -> Params:
@@ -152,9 +164,11 @@ def _kernels(apply_fn: ApplyRows, chunk_size: int, mesh: Mesh | None) -> tuple[C
     def summed_pullback(params: Params, rows: tuple, cotangent: Array) -> Params:
         return jax.lax.psum(pullback(params, rows, cotangent), axis)
 
+    on_mesh_values = _on_mesh(values, mesh, (every, shared, every), shared)
+    on_mesh_pushforward = _on_mesh(pushforward, mesh, (every, shared, every, every), shared)
     return (
-        _on_mesh(values, mesh, (every, shared), shared),
-        _on_mesh(pushforward, mesh, (every, shared, every), shared),
+        lambda params, rows: on_mesh_values(params, rows, n_first),
+        lambda params, rows, tangent: on_mesh_pushforward(params, rows, tangent, n_first),
         _on_mesh(summed_pullback, mesh, (every, shared, shared), every),
     )
 
@@ -182,7 +196,7 @@ def _chunks(n_rows: int, chunk_size: int) -> tuple[int, int]:
     return n_chunks, -(-n_rows // n_chunks)
 
 
-def _map_chunks(fn: Callable[..., Array], rows: tuple, chunk_size: int) -> Array:
+def _map_chunks(fn: Callable[..., Array], rows: tuple, chunk_size: int, n_first: Array | None) -> Array:
     """`fn(*rows)` from its values on chunks. Numerics: overlapping rows are computed twice, not added."""
     n_rows = _n_rows(rows)
     if n_rows <= chunk_size:
@@ -198,7 +212,8 @@ def _map_chunks(fn: Callable[..., Array], rows: tuple, chunk_size: int) -> Array
     def fill(i: Array, outputs: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(outputs, fn(*chunk(i)), i * size, 0)
 
-    return jax.lax.fori_loop(0, n_chunks, fill, jnp.zeros((n_rows, *like.shape[1:]), like.dtype))
+    n_used = n_chunks if n_first is None else jnp.minimum((n_first + size - 1) // size, n_chunks)
+    return jax.lax.fori_loop(0, n_used, fill, jnp.zeros((n_rows, *like.shape[1:]), like.dtype))
 
 
 def _sum_live_chunks(

@@ -100,10 +100,13 @@ def make_train_step(
       mesh: devices that share the paths evenly, over its one axis; the state is the same on all of them. On a
         CPU, wait for one step (`jax.block_until_ready`) before the next: two in flight can deadlock.
       by_pieces: networks that are piecewise linear in the moneyness, on paths of spots alone, go through in
-        a few rows a piece instead of one a decision, see `piece_network`; other hedgers are not concerned.
+        two rows a piece instead of one a decision, see `piece_network`; others go through as ever.
     Returns: `step(state, key, settings) -> (state, info)`.
+    Raises: ValueError for by_pieces without a chunk_size.
     Numerics: results are the same for every chunk_size, mesh and by_pieces, to rounding.
     """
+    if by_pieces and chunk_size is None:
+        raise ValueError("by_pieces needs a chunk_size: without one all rows go through at once")
     exact = update.cost_surrogate == "absolute"
     surrogate = contract if exact else contract._replace(cost_model=COST_MODELS[update.cost_surrogate])
 
@@ -111,7 +114,7 @@ def make_train_step(
         paths = shared(sample(key, n_paths, settings)[0], mesh)
         features, anchor = shared(batched_inputs(hedger, paths, settings), mesh)
         rows = RowNetwork(hedger, features, anchor, chunk_size, mesh)
-        cut_up = by_pieces and has_pieces(hedger, paths)
+        cut_up = by_pieces and has_pieces(hedger, paths, settings)
         network = PieceNetwork(rows, paths, settings) if cut_up else rows
 
         def positions(raw: Array) -> Array:

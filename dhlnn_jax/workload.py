@@ -70,13 +70,13 @@ def make_workload(
     """The one place that builds the library's training step.
 
     Args:
-      chunk: rows at a time, and no pieces unless always; 0: all at once. n_devices: that share the paths.
-        None: as `fitting` trains.
+      chunk: rows at a time, 0: all at once, neither by pieces. n_devices: that share the paths. None: as
+        `fitting` trains.
       rate, epochs: may be traced, as in `fitting.build_update`.
     """
     rows = rows_options(method, config, compiled_free=True)
     if chunk is not None:
-        rows = {"chunk_size": chunk or None, "by_pieces": config.training.by_pieces == "always"}
+        rows = {"chunk_size": chunk or None, "by_pieces": False}
     mesh = path_mesh(config.training.n_paths, devices=n_devices)
     hedger, update = build_hedger(method, config), build_update(method, config, rate, epochs)
     market, contract, objective = config.market, make_contract(config), OBJECTIVES[config.risk.kind]

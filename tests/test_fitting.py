@@ -8,6 +8,7 @@ import pytest
 from runs import CONFIGS, METRICS, small_run
 
 from dhlnn_jax.config import load_config, make_config
+from dhlnn_jax.errors import UsageError
 from dhlnn_jax.fitting import build_hedger, build_policy, build_update, rows_options
 from dhlnn_jax.hedge import DELTAS
 from dhlnn_jax.hedger import Anchor
@@ -213,4 +214,6 @@ def test_pieces_are_taken_as_configured():
 def test_accelerators_take_all_rows_at_once(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert rows_options("dhntb", big()) == {"chunk_size": None, "by_pieces": False}
-    assert rows_options("dhntb", big(by_pieces="always"))["by_pieces"]
+    with pytest.raises(UsageError, match="'always' needs a training.chunk_size on an accelerator"):
+        rows_options("dhntb", big(by_pieces="always"))
+    assert rows_options("dhntb", big(by_pieces="always", chunk_size=5_000))["by_pieces"]

@@ -87,7 +87,7 @@ def test_steps_by_pieces_are_the_steps_by_rows(update):
     assert np.abs(by_rows[1].turnover) > 0.1  # somebody trades
 
 
-@pytest.mark.parametrize("chunk_size", [None, CHUNK])
+@pytest.mark.parametrize("chunk_size", [CHUNK, 10_000])
 @pytest.mark.parametrize("hedger", ["prior", "plain features"])
 def test_steps_by_pieces_are_the_steps_by_rows_of_other_networks(hedger, chunk_size):
     by_rows, by_pieces = steps_by_both(HEDGERS[hedger], UPDATES["nested"], chunk_size)
@@ -155,14 +155,34 @@ def test_without_room_for_all_pieces_rows_go_through(monkeypatch):
 
 
 def test_what_has_pieces():
-    path = MarketPath(jnp.ones((2, N_STEPS + 1)))
+    n_points = 2 * (3 + 2 * 16)  # three first pieces, two a unit
+    paths = MarketPath(jnp.ones((n_points, N_STEPS + 1)))
     band = HEDGERS["bent features"]
-    assert has_pieces(band, path)
-    assert not has_pieces(band, path._replace(variance=path.spot))
-    assert not has_pieces(band, path._replace(half_spread=path.spot))
-    assert not has_pieces(seeing_noise(band), path)
-    assert not has_pieces(make_recurrent_hedger(features=BENT), path)
-    assert not has_pieces(make_band_hedger(features=(*BENT, "max_log_moneyness")), path)
+    assert has_pieces(band, paths, SETTINGS)
+    assert not has_pieces(band, MarketPath(paths.spot[1:]), SETTINGS)
+    assert not has_pieces(band, paths._replace(variance=paths.spot), SETTINGS)
+    assert not has_pieces(band, paths._replace(half_spread=paths.spot), SETTINGS)
+    assert not has_pieces(seeing_noise(band), paths, SETTINGS)
+    assert not has_pieces(make_recurrent_hedger(features=BENT, hidden_sizes=(8, 8)), paths, SETTINGS)
+    with_maximum = make_band_hedger(features=(*BENT, "max_log_moneyness"), hidden_sizes=(8, 8))
+    assert not has_pieces(with_maximum, paths, SETTINGS)
+
+
+def test_pieces_need_chunks():
+    with pytest.raises(ValueError, match="by_pieces needs a chunk_size"):
+        make_step(HEDGERS["prior"], UPDATES["adam"], by_pieces=True, chunk_size=None)
+
+
+def test_vmap_over_settings_and_parameters_equals_a_loop():
+    hedger, update = HEDGERS["bent features"], UPDATES["adam"]
+    step = make_step(hedger, update, by_pieces=True)
+    params = perturbed(hedger.init(jax.random.key(0)))
+    states = [train.first_state(jax.tree.map(lambda x, f=f: f * x, params), update) for f in (1.0, 1.5)]
+    costs, keys = jnp.array([1e-3, 5e-3]), jax.random.split(jax.random.key(1), 2)
+    one = jax.jit(lambda state, key, cost: step(state, key, SETTINGS._replace(cost_rate=cost)))
+    loop = jax.tree.map(lambda *x: jnp.stack(x), *map(one, states, keys, costs))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    assert_same(jax.jit(jax.vmap(one))(stacked, keys, costs), loop, 2e-4, 2e-6)
 
 
 def test_hedgers_without_pieces_are_trained_by_rows():

@@ -157,6 +157,30 @@ def test_peak_memory_does_not_grow_with_the_rows():
     assert temporaries(in_chunks(apply, chunk_size=100)) < 0.4 * temporaries(apply)
 
 
+@pytest.mark.parametrize("chunk_size", [7, 1000])
+def test_only_the_first_rows_go_through(chunk_size):
+    """Outputs of the first, tangents and gradients from them; how many may be traced."""
+    params, rows, cotangent = problem("float32", "all")
+    n_first, tangent = 20, jax.tree.map(jnp.cos, params)
+    poisoned = rows.at[n_first + 8 :].set(jnp.nan)  # the chunk that they end in may go through
+    seen = cotangent.at[n_first:].set(0.0)
+
+    @jax.jit
+    def four(n_first, rows):
+        chunked = in_chunks(apply, chunk_size=chunk_size, n_first=n_first)
+        at = linearize_rows(apply, params, rows, chunk_size=chunk_size, n_first=n_first)
+        return *value_and_gradient(chunked)(params, rows, seen), at.jvp(tangent), at.vjp(seen)
+
+    whole = chunk_size > N_ROWS
+    value, from_value, change, from_vjp = four(n_first, rows if whole else poisoned)
+    assert_close(value[:n_first], apply(params, rows)[:n_first], "float32")
+    pushed = jax.jvp(lambda w: apply(w, rows), (params,), (tangent,))[1]
+    assert_close(change[:n_first], pushed[:n_first], "float32")
+    assert whole or (not np.any(value[-7:]) and not np.any(change[-7:]))
+    wanted = gradient(apply, params, rows, seen)
+    assert_close((from_value, from_vjp), (wanted, wanted), "float32")
+
+
 def test_mistakes_are_named():
     params, rows, _ = problem("float32")
     mesh = jax.make_mesh((1,), ("paths",))
@@ -164,6 +188,8 @@ def test_mistakes_are_named():
         in_chunks(apply, chunk_size=0)
     with pytest.raises(ValueError, match="mesh needs a chunk_size"):
         in_chunks(apply, chunk_size=None, mesh=mesh)
+    with pytest.raises(ValueError, match="n_first needs a chunk_size"):
+        in_chunks(apply, chunk_size=None, n_first=jnp.asarray(3))
     with pytest.raises(TypeError, match="rows .* have no gradient"):
         jax.grad(lambda x: jnp.sum(in_chunks(apply, chunk_size=7)(params, x)))(rows)
 
