@@ -78,8 +78,8 @@ class TrainingConfig(Section):
     by_pieces: Literal["auto", "always", "never"] = Field(
         "auto",
         description="networks of time and moneyness alone are trained from two points of every linear piece, "
-        "the same to rounding in a fraction of the time; auto: on a CPU, where that saves more than the 3 s "
-        "that it takes longer to compile",
+        "the same to rounding in a fraction of the time; auto: on a CPU, where training is long enough to "
+        "save what that takes longer to compile",
     )
     devices: int | None = Field(
         None, gt=0, description="that share the paths; default all: accelerators, or the cores of a CPU"

@@ -28,9 +28,8 @@ from dhlnn_jax.source import Source
 
 Params = Any
 
-_WORTH_PIECES = (
-    3e11  # operations: some 3 s on two cores, and what compiling pieces takes (docs/performance.md)
-)
+# Operations of a training that saves by pieces what they take longer to compile (docs/performance.md).
+_WORTH_PIECES = 3e11
 
 
 def build_hedger(name: str, config: Config) -> Hedger:
@@ -147,16 +146,17 @@ def rows_options(name: str, config: Config, *, compiled_free: bool = False) -> d
     if by_pieces and not on_cpu and training.chunk_size is None:
         raise UsageError("training.by_pieces 'always' needs a training.chunk_size on an accelerator")
     if training.by_pieces == "auto" and on_cpu and training.n_paths >= 8 * sum(config.model.hidden_sizes):
-        by_pieces = compiled_free or _operations(name, config) > _WORTH_PIECES
+        n_gradients = config.nested.n_inner if METHODS[name].update == "nested" else 1
+        operations = dense_operations(config) * n_gradients * training.epochs
+        by_pieces = compiled_free or operations > _WORTH_PIECES
     return {"chunk_size": training.chunk_size or (500 if on_cpu else None), "by_pieces": by_pieces}
 
 
-def _operations(name: str, config: Config) -> int:
-    """Floating-point operations of a whole training if every row is differentiated."""
-    n_gradients = config.nested.n_inner if METHODS[name].update == "nested" else 1
-    sizes = (len(config.model.features), *config.model.hidden_sizes, 2)
-    a_row = 3 * 2 * sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
-    return a_row * config.training.n_paths * config.market.n_steps * config.training.epochs * n_gradients
+def dense_operations(config: Config) -> int:
+    """Floating-point operations of a step's products, forward and backward, if no row is skipped."""
+    sizes = [len(config.model.features), *config.model.hidden_sizes, 2]
+    products = sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+    return 3 * 2 * products * config.training.n_paths * config.market.n_steps
 
 
 def made_from(what: str, config: Config, source: Source) -> str | None:

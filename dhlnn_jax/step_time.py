@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.fitting import dense_operations
 from dhlnn_jax.processes import PEERS, LineProcess, peers_process
 from dhlnn_jax.settings import Settings
 from dhlnn_jax.timing import (
@@ -28,7 +29,6 @@ from dhlnn_jax.timing_report import print_rows
 from dhlnn_jax.workload import (
     Answer,
     compiled,
-    dense_operations,
     live_rows,
     make_workload,
     own_process,

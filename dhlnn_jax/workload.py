@@ -149,13 +149,6 @@ def step_config(n_paths: int, *, clamp: str = "auto") -> Config:
     )
 
 
-def dense_operations(config: Config) -> int:
-    """Floating-point operations of the network's products, forward and backward, if no row is skipped."""
-    sizes = [len(config.model.features), *config.model.hidden_sizes, 2]
-    products = sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
-    return 3 * 2 * products * config.training.n_paths * config.market.n_steps
-
-
 def live_rows(work: Workload, params: Params) -> float:
     """Share of the decisions on fresh paths whose outputs have a gradient that is not exactly zero."""
 

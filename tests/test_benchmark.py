@@ -12,6 +12,7 @@ import pytest
 
 from dhlnn_jax import benchmark, clamp_choice, processes, race, step_time, timing, workload
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.fitting import dense_operations
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TINY = ("--n-paths", "16", "--trained", "1", "--steps", "1", "--repeats", "1", "--chunk", "0")
@@ -186,7 +187,7 @@ def test_line_process_answers_and_closes():
 
 
 def test_dense_operations_of_the_paper():
-    assert workload.dense_operations(workload.step_config(10_000)) == 6 * 12_608 * 300_000
+    assert dense_operations(workload.step_config(10_000)) == 6 * 12_608 * 300_000
 
 
 def test_live_rows_of_a_network_that_never_trades_is_zero():
