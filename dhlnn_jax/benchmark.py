@@ -18,8 +18,9 @@ from dhlnn_jax.script import Parser, exit_code, show_help
 from dhlnn_jax.step_time import compile_time, memory, scaling, step, sweep
 from dhlnn_jax.timing import add_answer, check_target, machine_report
 from dhlnn_jax.tuned import GRIDS, tuned
-from dhlnn_jax.workload import Answer
+from dhlnn_jax.workload import FORMS, METHOD, Answer
 
+_BAND_METHODS = ("dhntb", "dhlnn", "dhlnn_newton")
 _CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -79,7 +80,11 @@ def _parser() -> Parser:
         if name in ("step", "time-to-regret"):
             option("--peers", action="store_true", help="pfhedge and a PyTorch loop beside it (1 GB, once)")
             option("--peers-python", type=Path, metavar="PYTHON", help="that has torch and pfhedge already")
-    add["step"]("--trained", type=_positive, default=40, metavar="EPOCHS", help="before the second time")
+    option = add["step"]
+    option("--trained", type=_positive, default=40, metavar="EPOCHS", help="before the second time")
+    option("--method", choices=_BAND_METHODS, default=METHOD, help=f"default: {METHOD}")
+    option("--hidden-sizes", type=_positive, nargs="+", metavar="UNITS", help="default: 64 64 64 64")
+    option("--forms", choices=list(FORMS), nargs="+", help="of its rows, in turn; default: as in training")
     for name in ("time-to-regret", "tuned"):
         option = add[name]
         option("--config", type=Path, default=_CONFIGS / "benchmark_european.toml", help="of our recipe")

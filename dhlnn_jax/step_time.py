@@ -6,9 +6,9 @@ PyTorch peers are timed beside one step. Compilation is never part of a step's t
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,11 @@ from dhlnn_jax.timing import (
     spread,
 )
 from dhlnn_jax.timing_report import print_rows
+from dhlnn_jax.train import TrainState
 from dhlnn_jax.workload import (
+    METHOD,
     Answer,
+    Program,
     compiled,
     live_rows,
     make_workload,
@@ -37,20 +40,41 @@ from dhlnn_jax.workload import (
 )
 
 
+class _Form(NamedTuple):
+    """A step in one form of its rows, compiled.
+
+    Attributes:
+      states: by name, initial and trained ones. live_rows: at the parameters of each.
+    """
+
+    program: Program
+    states: dict[str, TrainState]
+    live_rows: dict[str, float]
+    compile_seconds: float
+
+    def seconds(self, state: str, n_steps: int) -> float:
+        """A step, on average."""
+        return self.program.train(self.states[state], jax.random.key(2), n_steps)[1] / n_steps
+
+
 def step(options: argparse.Namespace) -> Answer:
     """Seconds of one training step, at initial and at trained parameters."""
-    config = step_config(options.n_paths)
-    work = make_workload(config, chunk=options.chunk, n_devices=options.devices)
-    with compile_clock() as clock:
-        program = compiled(work)
-    first = work.init(0)
-    trained, _ = program.train(first, jax.random.key(1), options.trained)
-    shares = {"initial": live_rows(work, first.params), "trained": live_rows(work, trained.params)}
-    rate, n, key = make_product_rate(), options.steps, jax.random.key(2)
+    sizes = options.hidden_sizes or step_config(options.n_paths).model.hidden_sizes
+    if options.peers and (options.hidden_sizes or options.method != METHOD):
+        raise UsageError("--peers train the paper's network by Adam: leave --hidden-sizes and --method out")
+    if options.forms and options.chunk is not None:
+        raise UsageError("--chunk is by rows: leave --forms out")
+    config = step_config(options.n_paths, hidden_sizes=sizes)
+    forms = {
+        "" if form is None else f", by {form}": _compiled_form(options, sizes, form)
+        for form in options.forms or [None]
+    }
+    rate, n = make_product_rate(), options.steps
     with peers_process(options.peers, options.peers_python) as process:
         runs: dict[str, Callable[[], float]] = {
-            "initial": lambda: program.train(first, key, n)[1] / n,
-            "trained": lambda: program.train(trained, key, n)[1] / n,
+            state + name: partial(form.seconds, state, n)
+            for name, form in forms.items()
+            for state in form.states
         }
         if process is not None:
             problem = peers_problem(config, as_ours=False)
@@ -61,37 +85,59 @@ def step(options: argparse.Namespace) -> Answer:
         versions = None if process is None else process.ask(do="versions")
     products = samples.pop("products")
     operations = dense_operations(config) / 1e9
+    first = next(iter(forms))
     rows = {
         name: {
             **spread(seconds, "s"),
             "dense_gflops_per_s": spread([operations / s for s in seconds], "GFLOP/s")["median"],
             "share_of_product_rate": ratio([operations / s for s in seconds], products),
-            "ratio_to_ours": ratio(seconds, samples["initial"]),
+            "ratio_to_ours": ratio(seconds, samples["initial" + first]),
         }
         for name, seconds in samples.items()
     }
-    for name, share in shares.items():
-        rows[name]["live_rows"] = share
+    labels = {"initial": "ours, initial parameters", "trained": f"ours, after {options.trained} epochs"}
+    for name, form in forms.items():
+        for state, share in form.live_rows.items():
+            rows[state + name]["live_rows"] = share
     print_rows(
-        {
-            "ours, initial parameters": rows["initial"],
-            f"ours, after {options.trained} epochs": rows["trained"],
-            **{name: rows[name] for name in PEERS if name in rows},
-        }
+        {labels[state] + name: rows[state + name] for name, form in forms.items() for state in form.states}
+        | {name: rows[name] for name in PEERS if name in rows}
     )
     print(
-        f"dense network: {operations:.2f} GFLOP a step; products of 64 x 64 with 64 x 500 on all cores: "
+        f"dense network: {operations:.2f} GFLOP a gradient; products of 64 x 64 with 64 x 500 on all cores: "
         f"{spread(products, 'GFLOP/s')['median']:.0f} GFLOP/s at that time"
     )
-    print(f"compiling the step took {clock.seconds:.1f} s")
+    for name, form in forms.items():
+        print(f"compiling the step{name} took {form.compile_seconds:.1f} s")
+    by_form = {
+        name.removeprefix(", "): {
+            **rows["initial" + name],
+            "trained": {"epochs": options.trained, **rows["trained" + name]},
+            "compile_seconds": form.compile_seconds,
+        }
+        for name, form in forms.items()
+    }
     ours = {
-        **rows["initial"],
-        "trained": {"epochs": options.trained, **rows["trained"]},
-        "compile_seconds": clock.seconds,
+        **next(iter(by_form.values())),
+        "method": options.method,
+        "hidden_sizes": list(sizes),
         "product_rate": spread(products, "GFLOP/s"),
         "dense_gflop": operations,
+        **(by_form if options.forms else {}),
     }
     return {"ours": ours, **{name: {**rows[name], "versions": versions} for name in PEERS if name in rows}}
+
+
+def _compiled_form(options: argparse.Namespace, sizes: Sequence[int], form: str | None) -> _Form:
+    config = step_config(options.n_paths, hidden_sizes=sizes, form=form)
+    work = make_workload(config, method=options.method, chunk=options.chunk, n_devices=options.devices)
+    with compile_clock() as clock:
+        program = compiled(work)
+    first = work.init(0)
+    trained, _ = program.train(first, jax.random.key(1), options.trained)
+    states = {"initial": first, "trained": trained}
+    shares = {name: live_rows(work, state.params) for name, state in states.items()}
+    return _Form(program, states, shares, clock.seconds)
 
 
 def _peer_seconds(process: LineProcess, name: str, n_steps: int) -> float:

@@ -4,7 +4,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,7 @@ Params = Any
 Answer = dict[str, Any]
 
 METHOD = "dhntb"
+FORMS = {"pieces": "always", "rows": "never"}  # what training.by_pieces is then
 
 
 class Workload(NamedTuple):
@@ -136,15 +137,29 @@ def compiled(work: Workload) -> Program:
     return Program(jitted.lower(*arguments).compile(), place, arguments[2])
 
 
-def step_config(n_paths: int, *, clamp: str = "auto") -> Config:
-    """The paper's size, where hedging matters: 30 steps, 4 x 64, entropic risk, Adam."""
+def step_config(
+    n_paths: int,
+    *,
+    hidden_sizes: Sequence[int] = (64, 64, 64, 64),
+    clamp: str = "auto",
+    form: str | None = None,
+) -> Config:
+    """Where hedging matters, by default at the paper's size: 30 steps, 4 x 64, entropic risk, Adam.
+
+    Args:
+      form: in which networks see their rows, one of `FORMS`; None: as in training.
+    """
     return make_config(
         {
             "market": {"volatility": 0.2, "n_steps": 30},
             "cost": {"rate": 2e-3},
             "risk": {"risk_aversion": 50.0},
-            "model": {"hidden_sizes": [64, 64, 64, 64], "clamp": clamp},
-            "training": {"n_paths": n_paths, "learning_rate": 1e-3},
+            "model": {"hidden_sizes": list(hidden_sizes), "clamp": clamp},
+            "training": {
+                "n_paths": n_paths,
+                "learning_rate": 1e-3,
+                "by_pieces": "auto" if form is None else FORMS[form],
+            },
         }
     )
 

@@ -22,9 +22,9 @@ TINY = ("--n-paths", "16", "--trained", "1", "--steps", "1", "--repeats", "1", "
 def small_network(monkeypatch):
     """One narrow layer, few products; and the option that main() sets is taken back."""
 
-    def small(n_paths):
-        values = full(n_paths).model_dump(mode="json")
-        values["model"]["hidden_sizes"] = [4]
+    def small(n_paths, **options):
+        values = full(n_paths, **options).model_dump(mode="json")
+        values["model"]["hidden_sizes"] = [4]  # whatever was asked for
         values["market"]["n_steps"] = 2
         return workload.make_config(values)
 
@@ -115,6 +115,9 @@ def test_file_of_something_else_is_refused(tmp_path, text):
         (["step", "--n-paths", "0"], "must be a whole number above 0, got 0"),
         (["step", "--repeats", "two"], "invalid"),
         (["step", "--chunk", "-1"], "--chunk"),
+        (["step", "--chunk", "500", "--forms", "rows"], "--chunk is by rows"),
+        (["step", "--peers", "--method", "dhlnn"], "leave --hidden-sizes and --method out"),
+        (["step", "--peers", "--hidden-sizes", "32"], "leave --hidden-sizes and --method out"),
         (["sweep", "--peers"], "--peers"),
         (["step", "--json", "/nowhere/numbers.json"], "no folder"),
         (["scaling", "--n-paths", "10", "--counts", "1", "4"], "cannot be shared evenly by 4 devices"),
@@ -146,6 +149,27 @@ def test_step_without_the_peers_says_so_in_one_line_and_writes_ours(tmp_path, ca
     assert ours["unit"] == "s" and 0 < ours["min"] <= ours["median"] <= ours["max"]
     assert 0 < ours["live_rows"] <= 1 and ours["compile_seconds"] > 0
     assert ours["machine"]["cores"] >= 1 and "jax" in ours["machine"]["versions"]
+
+
+def test_step_times_both_forms_of_a_method_in_one_call(tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        step_time, "make_workload", lambda config, **o: asked.append((config, o)) or make(config, **o)
+    )
+    make, path = workload.make_workload, tmp_path / "numbers.json"
+    sizes = ("--n-paths", "64", "--trained", "2", "--steps", "1", "--repeats", "2")
+    arguments = ["step", *sizes, "--method", "dhlnn", "--forms", "rows", "pieces", "--json", str(path)]
+    assert benchmark.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert [f"ours, after 2 epochs, by {form}" in shown for form in ("rows", "pieces")] == [True, True]
+    assert [config.training.by_pieces for config, _ in asked] == ["never", "always"]
+    assert all(options["method"] == "dhlnn" for _, options in asked)
+    ours = json.loads(path.read_text())["step"]["ours"]
+    assert ours["method"] == "dhlnn" and ours["median"] == ours["by rows"]["median"]
+    assert ours["by pieces"]["median"] > 0 and ours["by pieces"]["compile_seconds"] > 0
+    # the same mathematics: the same share of decisions has a gradient
+    live = [ours[f"by {form}"]["trained"]["live_rows"] for form in ("rows", "pieces")]
+    assert live[0] == pytest.approx(live[1], abs=0.02)
 
 
 def test_clamp_times_both_forms_at_every_horizon(monkeypatch, capsys):
