@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.fitting import dense_operations
+from dhlnn_jax.methods import METHODS
+from dhlnn_jax.piece_network import has_pieces
 from dhlnn_jax.processes import PEERS, LineProcess, peers_process
 from dhlnn_jax.settings import Settings
 from dhlnn_jax.timing import (
@@ -31,6 +33,7 @@ from dhlnn_jax.workload import (
     METHOD,
     Answer,
     Program,
+    Workload,
     compiled,
     live_rows,
     make_workload,
@@ -131,6 +134,10 @@ def step(options: argparse.Namespace) -> Answer:
 def _compiled_form(options: argparse.Namespace, sizes: Sequence[int], form: str | None) -> _Form:
     config = step_config(options.n_paths, hidden_sizes=sizes, form=form)
     work = make_workload(config, method=options.method, chunk=options.chunk, n_devices=options.devices)
+    if form == "pieces" and not _has_pieces(work, options.method):
+        raise UsageError(
+            f"--forms pieces: {options.method} with {options.n_paths} paths goes by rows all the same"
+        )
     with compile_clock() as clock:
         program = compiled(work)
     first = work.init(0)
@@ -138,6 +145,11 @@ def _compiled_form(options: argparse.Namespace, sizes: Sequence[int], form: str 
     states = {"initial": first, "trained": trained}
     shares = {name: live_rows(work, state.params) for name, state in states.items()}
     return _Form(program, states, shares, clock.seconds)
+
+
+def _has_pieces(work: Workload, method: str) -> bool:
+    paths, _ = work.sample(jax.random.key(0), work.config.training.n_paths, work.settings)
+    return METHODS[method].update != "newton" and has_pieces(work.hedger, paths, work.settings)
 
 
 def _peer_seconds(process: LineProcess, name: str, n_steps: int) -> float:

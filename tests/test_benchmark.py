@@ -116,6 +116,8 @@ def test_file_of_something_else_is_refused(tmp_path, text):
         (["step", "--repeats", "two"], "invalid"),
         (["step", "--chunk", "-1"], "--chunk"),
         (["step", "--chunk", "500", "--forms", "rows"], "--chunk is by rows"),
+        (["step", "--n-paths", "4", "--forms", "pieces"], "dhntb with 4 paths goes by rows all the same"),
+        (["step", "--forms", "pieces", "--method", "dhlnn_newton"], "goes by rows all the same"),
         (["step", "--peers", "--method", "dhlnn"], "leave --hidden-sizes and --method out"),
         (["step", "--peers", "--hidden-sizes", "32"], "leave --hidden-sizes and --method out"),
         (["sweep", "--peers"], "--peers"),
