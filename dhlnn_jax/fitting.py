@@ -136,7 +136,8 @@ def build_update(
 def rows_options(name: str, config: Config, *, compiled_free: bool = False) -> dict[str, Any]:
     """How decisions go through a method's network in training: chunk_size and by_pieces of `make_train_step`.
 
-    A CPU is fastest on chunks that stay in its cache, an accelerator on everything at once.
+    A CPU is fastest on chunks that stay in its cache, an accelerator on everything at once. Gauss-Newton sums
+    over the inputs of the output layer at every row, and so goes by rows.
 
     Args:
       compiled_free: only running counts, as where many trainings or steps share a program.
@@ -149,6 +150,7 @@ def rows_options(name: str, config: Config, *, compiled_free: bool = False) -> d
         n_gradients = config.nested.n_inner if METHODS[name].update == "nested" else 1
         operations = dense_operations(config) * n_gradients * training.epochs
         by_pieces = compiled_free or operations > _WORTH_PIECES
+    by_pieces = by_pieces and METHODS[name].update != "newton"
     return {"chunk_size": training.chunk_size or (500 if on_cpu else None), "by_pieces": by_pieces}
 
 

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dhlnn_jax.errors import UsageError
-from dhlnn_jax.fitting import dense_operations
-from dhlnn_jax.methods import METHODS
+from dhlnn_jax.fitting import dense_operations, rows_options
 from dhlnn_jax.piece_network import has_pieces
 from dhlnn_jax.processes import PEERS, LineProcess, peers_process
 from dhlnn_jax.settings import Settings
@@ -149,7 +148,8 @@ def _compiled_form(options: argparse.Namespace, sizes: Sequence[int], form: str 
 
 def _has_pieces(work: Workload, method: str) -> bool:
     paths, _ = work.sample(jax.random.key(0), work.config.training.n_paths, work.settings)
-    return METHODS[method].update != "newton" and has_pieces(work.hedger, paths, work.settings)
+    by_pieces = rows_options(method, work.config, compiled_free=True)["by_pieces"]
+    return by_pieces and has_pieces(work.hedger, paths, work.settings)
 
 
 def _peer_seconds(process: LineProcess, name: str, n_steps: int) -> float:

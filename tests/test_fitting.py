@@ -208,6 +208,7 @@ def test_long_training_on_a_cpu_goes_by_pieces():
 def test_pieces_are_taken_as_configured():
     assert not rows_options("dhntb", big(by_pieces="never"))["by_pieces"]
     assert rows_options("dhntb", big(by_pieces="always", epochs=1))["by_pieces"]
+    assert not rows_options("dhlnn_newton", big(by_pieces="always"))["by_pieces"]  # it needs every row
     assert rows_options("dhntb", big(chunk_size=123))["chunk_size"] == 123
 
 
