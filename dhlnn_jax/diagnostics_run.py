@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
+from dhlnn_jax import resumable
 from dhlnn_jax.config import Config, load_config
 from dhlnn_jax.diagnostics import make_diagnostics
 from dhlnn_jax.diagnostics_figure import diagnostics_figure
 from dhlnn_jax.diagnostics_report import print_diagnostics
-from dhlnn_jax.errors import UsageError
 from dhlnn_jax.files import write_json
 from dhlnn_jax.fitting import build_hedger, build_update, make_contract
 from dhlnn_jax.progress import progress_bar
@@ -18,18 +18,24 @@ from dhlnn_jax.script import Parser, config_first, config_line, exit_code
 from dhlnn_jax.source import make_source
 from dhlnn_jax.train import OBJECTIVES, TrainInfo, TrainState, first_state, fit, make_train_step
 
+_FILE = "diagnostics.json"
 _LOOKED_AT = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200)
 
 
-def diagnose(config: Config, *, n_seeds: int = 5) -> dict[str, Any]:
+def diagnose(config: Config, *, n_seeds: int = 5, checkpoint_folder: Path | None = None) -> dict[str, Any]:
     """The contents of diagnostics.json.
 
     Args:
       n_seeds: seeds config.seed, config.seed + 1, ...; a seed is initial parameters and training paths, those
         of `scripts/run.py --seed`. All are measured on the same fresh paths, by the same compiled programs.
+      checkpoint_folder: keeps the numbers of every seed that is done, and those that it has are not computed
+        again; None keeps none.
     Returns: "config", "seeds", and "by_seed": what `diagnostics.make_diagnostics` describes, for each seed.
-    Raises: UsageError as `make_source`.
+    Raises: UsageError as `make_source`, and for checkpoints of other diagnostics.
     """
+    told = _told(config, n_seeds)
+    if checkpoint_folder is not None:
+        resumable.begin(checkpoint_folder, told)
     key_test = jax.random.fold_in(jax.random.key(config.seed), 3)
     source, contract = make_source(config, key_test), make_contract(config)
     hedger, objective = build_hedger("dhlnn", config), OBJECTIVES[config.risk.kind]
@@ -62,11 +68,16 @@ def diagnose(config: Config, *, n_seeds: int = 5) -> dict[str, Any]:
         with progress_bar(f"seed {seed}: measuring {len(states)} epochs", None):
             return diagnostics(states)
 
-    seeds = range(config.seed, config.seed + n_seeds)
+    def kept(seed: int) -> dict[str, Any]:
+        return resumable.kept(checkpoint_folder, f"seed_{seed}", lambda: of_seed(seed))
+
+    return {**told, "by_seed": [kept(seed) for seed in told["seeds"]]}
+
+
+def _told(config: Config, n_seeds: int) -> resumable.Told:
     return {
         "config": config.model_dump(mode="json"),
-        "seeds": list(seeds),
-        "by_seed": [of_seed(seed) for seed in seeds],
+        "seeds": list(range(config.seed, config.seed + n_seeds)),
     }
 
 
@@ -75,29 +86,39 @@ def _parser() -> Parser:
         prog="python scripts/diagnostics.py",
         usage="python scripts/diagnostics.py CONFIG [options] [--section.key value ...]",
         description="Trains dhlnn as the configuration says, once for each seed, and writes diagnostics.json "
-        "and diagnostics.png to its `out`: error of the linearization, drift of the gradient, norms of "
-        "gradient and Hessian beside the bounds, inner steps, and the share of decisions without a gradient.",
+        "and diagnostics.png to --out (default: results/CONFIG_diagnostics): error of the linearization, "
+        "drift of the gradient, norms of gradient and Hessian beside the bounds, inner steps, and the share "
+        "of decisions without a gradient.",
     )
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, 1 to 100 (default: 5)")
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier diagnostics in the folder")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--overwrite", action="store_true", help="replace earlier diagnostics in the folder")
+    folder.add_argument(
+        "--resume", action="store_true", help="go on with those cut off, after their last seed"
+    )
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the script; returns its exit code, that of `script.exit_code`."""
-    return exit_code("diagnostics.py", lambda: _run(arguments))
+    interrupted = "; --resume goes on with the seed that was being trained"
+    return exit_code("diagnostics.py", lambda: _run(arguments), interrupted=interrupted)
 
 
 def _run(arguments: Sequence[str]) -> None:
     path, options, overrides = config_line(_parser(), arguments)
     config = load_config(config_first(path, "diagnostics.py CONFIG [--seeds 5] ..."), overrides)
+    if not any(flag.partition("=")[0] == "--out" for flag in overrides):
+        config = config.model_copy(update={"out": f"{config.out}_diagnostics"})
     folder = Path(config.out)
-    table, picture = folder / "diagnostics.json", folder / "diagnostics.png"
-    if table.exists() and not options.overwrite:
-        raise UsageError(f"{table} exists: give another --out, or --overwrite to replace it")
-    results = diagnose(config, n_seeds=options.seeds)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(table, results)
+    checkpoints = resumable.claim(folder, _FILE, overwrite=options.overwrite, resume=options.resume)
+    told = _told(config, options.seeds)
+    results = resumable.finished(checkpoints, _FILE, told) if options.resume else None
+    if results is None:
+        results = diagnose(config, n_seeds=options.seeds, checkpoint_folder=checkpoints)
+        write_json(folder / _FILE, results)
+        resumable.discard(checkpoints)  # finished diagnostics are not resumed
+    picture = folder / "diagnostics.png"
     diagnostics_figure(results).savefig(picture, dpi=150)
     print_diagnostics(results)
-    print(f"results: {table}\nfigure: {picture}")
+    print(f"results: {folder / _FILE}\nfigure: {picture}")

@@ -17,6 +17,7 @@ that part is hatched.
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.interpolate import CubicSpline
 
+from dhlnn_jax import resumable
 from dhlnn_jax.bellman import CUT, linear_tail, log_expectation, log_grid, normal_step
 from dhlnn_jax.hedge import european_call_delta, whalley_wilmott_band
 from dhlnn_jax.market import MarketPath
@@ -197,8 +199,16 @@ class RegimeMap(NamedTuple):
         return Setting(self.volatility, float(self.sizes[i]) / scale, float(self.relative_costs[j]) * scale)
 
 
-def regime_map(volatility: float, sizes: np.ndarray, relative_costs: np.ndarray) -> RegimeMap:
-    """The map over a grid; some 0.4 s a cell. Raises: UsageError for numbers out of range."""
+def regime_map(
+    volatility: float, sizes: np.ndarray, relative_costs: np.ndarray, *, checkpoint_folder: Path | None = None
+) -> RegimeMap:
+    """The map over a grid; some 0.4 s a cell.
+
+    Args:
+      checkpoint_folder: of a map begun there (`resumable.begin`), keeps every row that is done; those that it
+        has are not computed again. None keeps none.
+    Raises: UsageError for numbers out of range.
+    """
     empty = RegimeMap(volatility, sizes, relative_costs, [])
     with progress_bar("regime map", total=len(sizes) * len(relative_costs)) as advance:
 
@@ -207,5 +217,12 @@ def regime_map(volatility: float, sizes: np.ndarray, relative_costs: np.ndarray)
             advance(note=f"size {sizes[i]:.2g}, relative cost {relative_costs[j]:.2g}")
             return risks
 
-        cells = [[cell(j, i) for i in range(len(sizes))] for j in range(len(relative_costs))]
-    return empty._replace(risks=cells)
+        def row(j: int) -> list[Risks]:
+            return [cell(j, i) for i in range(len(sizes))]
+
+        def kept(j: int) -> list[Risks]:
+            if resumable.is_kept(checkpoint_folder, f"row_{j}"):
+                advance(len(sizes))
+            return [Risks(*each) for each in resumable.kept(checkpoint_folder, f"row_{j}", lambda: row(j))]
+
+        return empty._replace(risks=[kept(j) for j in range(len(relative_costs))])

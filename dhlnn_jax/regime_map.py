@@ -1,6 +1,7 @@
 """The picture of the regime map, its files and its command line."""
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from dhlnn_jax import resumable
 from dhlnn_jax.bellman import NO_PLATEAU
 from dhlnn_jax.errors import UsageError
+from dhlnn_jax.files import write_whole
 from dhlnn_jax.regime import (
     MARKED,
     NO_TRADE,
@@ -127,6 +130,7 @@ def _cell_edges(centres: np.ndarray) -> np.ndarray:
     return np.append(centres / ratio, centres[-1] * ratio)
 
 
+_TABLE = "regime_map.csv"
 _COLUMNS = (*Setting._fields, "size", "relative_cost", *Risks._fields, "saving", "removed")
 
 
@@ -136,18 +140,15 @@ def _row(setting: Setting, risks: Risks) -> list[float]:
 
 def write_map(regimes: RegimeMap, folder: Path) -> list[Path]:
     """Writes regime_map.png and every number in it, regime_map.csv, into a folder; returns their paths."""
-    picture, table = _outputs(folder)
+    picture, table = folder / "regime_map.png", folder / _TABLE
     figure_of(regimes).savefig(picture, dpi=150)
-    with table.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for j, row in enumerate(regimes.risks):
-            writer.writerows([f"{x:.12g}" for x in _row(regimes.setting(j, i), r)] for i, r in enumerate(row))
+    rows = io.StringIO(newline="")
+    writer = csv.writer(rows)
+    writer.writerow(_COLUMNS)
+    for j, row in enumerate(regimes.risks):
+        writer.writerows([f"{x:.12g}" for x in _row(regimes.setting(j, i), r)] for i, r in enumerate(row))
+    write_whole(table, lambda file: file.write(rows.getvalue().encode()))
     return [picture, table]
-
-
-def _outputs(folder: Path) -> tuple[Path, Path]:
-    return folder / "regime_map.png", folder / "regime_map.csv"
 
 
 def print_marked(marked: dict[str, Risks]) -> None:
@@ -178,13 +179,16 @@ def _parser() -> Parser:
     parser.add_argument(
         "--out", type=Path, default=Path("results/regime_map"), help="folder (default: results/regime_map)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier map in the same folder")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--overwrite", action="store_true", help="replace an earlier map in the same folder")
+    folder.add_argument("--resume", action="store_true", help="go on with one cut off, after its last row")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the script; returns its exit code, that of `script.exit_code`."""
-    return exit_code("regime_map.py", lambda: _run(arguments))
+    interrupted = "; --resume goes on with the row that was being computed"
+    return exit_code("regime_map.py", lambda: _run(arguments), interrupted=interrupted)
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -193,12 +197,14 @@ def _run(arguments: Sequence[str]) -> None:
         raise UsageError(f"--volatility must be from 0.01 to 1, got {options.volatility:g}")
     if not 2 <= options.points <= 100:
         raise UsageError(f"--points must be from 2 to 100, got {options.points}")
-    earlier = [path for path in _outputs(options.out) if path.exists()]
-    if earlier and not options.overwrite:
-        raise UsageError(f"{earlier[0]} exists: give another --out, or --overwrite to replace it")
-    options.out.mkdir(parents=True, exist_ok=True)
+    checkpoints = resumable.claim(options.out, _TABLE, overwrite=options.overwrite, resume=options.resume)
+    if options.resume and not checkpoints.exists():
+        raise UsageError(f"{str(options.out / _TABLE)!r} is finished; use --overwrite to compute it again")
+    told = {"config": None, "volatility": options.volatility, "points": options.points}
+    resumable.begin(checkpoints, told)
     axes = (np.geomspace(*ends, options.points) for ends in (SIZES, RELATIVE_COSTS))
-    regimes = regime_map(options.volatility, *axes)
+    regimes = regime_map(options.volatility, *axes, checkpoint_folder=checkpoints)
     print_marked({name: risks_of(setting) for name, setting in MARKED.items()})
     picture, table = write_map(regimes, options.out)
+    resumable.discard(checkpoints)  # a finished map is not resumed
     print(f"figure: {picture}\ntable: {table}")

@@ -5,6 +5,7 @@ While it lasts, its folder holds checkpoints, and among them begun.json, which s
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,27 @@ def finished(checkpoints: Path, file: str, told: Told) -> dict[str, Any] | None:
     if (checkpoints / _BEGUN).exists():
         return None
     return _check_same(checkpoints.parent / file, told)
+
+
+def kept(checkpoints: Path | None, name: str, compute: Callable[[], Any]) -> Any:
+    """One part of the work, as JSON: what is kept under its name, or else computed, and kept from then on.
+
+    Args:
+      checkpoints: where work has begun; None keeps nothing.
+    """
+    if checkpoints is None:
+        return compute()
+    file = checkpoints / f"{name}.json"
+    if is_kept(checkpoints, name):
+        return read_json(file)["value"]
+    value = compute()
+    write_json(file, {"value": value})
+    return value
+
+
+def is_kept(checkpoints: Path | None, name: str) -> bool:
+    """Whether `kept` has nothing to compute."""
+    return checkpoints is not None and (checkpoints / f"{name}.json").exists()
 
 
 def discard(checkpoints: Path) -> None:

@@ -226,20 +226,73 @@ def test_figure_has_nine_labelled_panels_with_a_band_for_every_curve_over_seeds(
 @pytest.mark.parametrize("given, n_seeds", [((), 5), (("--seeds", "3"), 3)])
 def test_script_writes_results_and_figure_and_prints_the_table(given, n_seeds, tmp_path, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        diagnostics_run, "diagnose", lambda config, *, n_seeds: asked.append(n_seeds) or of_three_seeds()
-    )
-    assert main([SMOKE, *given, "--out", str(tmp_path)]) == 0 and asked == [n_seeds]
-    assert json.loads((tmp_path / "diagnostics.json").read_text()) == of_three_seeds()
+
+    def diagnose(config, *, n_seeds, checkpoint_folder):
+        checkpoint_folder.mkdir(parents=True)
+        asked.append(n_seeds)
+        return of_three_seeds()
+
+    monkeypatch.setattr(diagnostics_run, "diagnose", diagnose)
+    monkeypatch.chdir(tmp_path)
+    folder = Path("results") / "smoke_diagnostics"
+    assert main([SMOKE, *given]) == 0 and asked == [n_seeds]
+    assert json.loads((folder / "diagnostics.json").read_text()) == of_three_seeds()
     out = capsys.readouterr().out
-    assert "median of 3 seeds" in out and f"figure: {tmp_path / 'diagnostics.png'}" in out
+    assert "median of 3 seeds" in out and f"figure: {folder / 'diagnostics.png'}" in out
+    assert {path.name for path in folder.iterdir()} == {"diagnostics.json", "diagnostics.png"}
+
+
+def test_script_cut_off_in_its_second_seed_goes_on_with_it_to_the_same_numbers(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "cut"
+    command = [SMOKE, *TINY, "--seeds", "2", "--out", str(folder)]
+
+    def cheap(*given, **how):  # a number of each seed's own parameters among those of another hedger
+        def diagnostics(states):
+            sums = [float(sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state.params))) for state in states]
+            return of_a_band_hedger() | {"risk": sums}
+
+        return diagnostics
+
+    monkeypatch.setattr(diagnostics_run, "make_diagnostics", cheap)
+    whole = diagnose(load_config(SMOKE, [*TINY, "--out", str(folder)]), n_seeds=2)
+    assert whole["by_seed"][0]["risk"] != whole["by_seed"][1]["risk"]
+    trained = []
+
+    def fit_or_stop(*given, **how):
+        trained.append(len(trained))
+        if trained == [0, 1]:
+            raise KeyboardInterrupt
+        return train.fit(*given, **how)
+
+    monkeypatch.setattr(diagnostics_run, "fit", fit_or_stop)
+    assert main(command) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    for wrong, said in (
+        ([], "exists; give --out another folder, or --overwrite, or --resume"),
+        (["--resume", "--cost.rate", "3e-3"], "is of another configuration or other options"),
+        (["--resume", "--seeds", "3"], "is of another configuration or other options"),
+        (["--resume", "--overwrite"], "not allowed with argument"),
+    ):
+        assert main([*command, *wrong]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert main([*command, "--resume"]) == 0
+    assert trained == [0, 1, 2]  # the first seed is not trained again
+    out = capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"diagnostics.json", "diagnostics.png"}
+    assert json.loads((folder / "diagnostics.json").read_text()) == json.loads(json.dumps(whole))
+    assert main([*command, "--resume"]) == 0  # finished: read back
+    assert trained == [0, 1, 2] and capsys.readouterr().out == out
 
 
 def test_script_refuses_in_one_line_and_overwrites_nothing(tmp_path, capsys):
     assert main(["--help"]) == 0 and "--seeds" in capsys.readouterr().out
     (tmp_path / "diagnostics.json").write_text("earlier")
     for arguments, said in (
-        ([SMOKE, "--out", str(tmp_path)], "--overwrite"),
+        (
+            [SMOKE, "--out", str(tmp_path)],
+            "diagnostics.json' exists; give --out another folder, or --overwrite",
+        ),
         (["missing.toml"], "no config file 'missing.toml'"),
         (["--seeds", "2"], "config file comes first"),
         ([SMOKE, "--seeds", "0"], "--seeds must be from 1 to 100, got 0"),

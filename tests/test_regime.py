@@ -120,6 +120,34 @@ def test_main_writes_the_picture_and_its_numbers_and_keeps_an_earlier_map(tmp_pa
     for row in rows:
         assert float(row["optimum"]) <= min(float(row[name]) for name in ("no_hedge", *RULES)) + 1e-7
     assert (folder / "regime_map.png").stat().st_size > 10_000
+    assert {path.name for path in folder.iterdir()} == {"regime_map.csv", "regime_map.png"}
+
+
+def test_main_cut_off_goes_on_after_its_last_row_to_the_same_numbers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(regime_map, "MARKED", {})
+    computed = []
+
+    def risks_or_stop(setting):
+        if len(computed) == 3:  # of 2 x 2 cells: in the second row
+            raise KeyboardInterrupt
+        computed.append(setting)
+        return risks_of(setting, resolution=0.15)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    monkeypatch.setattr(regime, "risks_of", partial(risks_of, resolution=0.15))
+    assert main(["--points", "2", "--out", str(whole)]) == 0
+    monkeypatch.setattr(regime, "risks_of", risks_or_stop)
+    command = ["--points", "2", "--out", str(cut)]
+    assert main(command) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    computed.clear()
+    assert main([*command, "--resume", "--volatility", "0.1"]) == 2
+    assert "is of another configuration or other options" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert len(computed) == 2  # the second row alone
+    assert (cut / "regime_map.csv").read_text() == (whole / "regime_map.csv").read_text()
+    assert main([*command, "--resume"]) == 2
+    assert "is finished; use --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -131,7 +159,7 @@ def test_main_writes_the_picture_and_its_numbers_and_keeps_an_earlier_map(tmp_pa
         (["--points", "1"], "--points must be from 2 to 100, got 1"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
         (["--out"], "expected one argument"),
-        (["--out", __file__], "test_regime.py"),
+        (["--out", __file__], "test_regime.py' is a file; name a folder"),
     ],
 )
 def test_a_bad_argument_gives_one_line(arguments, wanted, capsys):
