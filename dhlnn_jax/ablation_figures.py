@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from dhlnn_jax.ablation_study import DIVERGED, Point, last_within
+from dhlnn_jax.ablation_study import DIVERGED, last_within
+from dhlnn_jax.ablation_trainer import Point
 
 Results = dict[str, Any]
 

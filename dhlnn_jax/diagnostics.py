@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from dhlnn_jax.appendix_d import gradient_bound, hessian_bound, output_layer_fixed, perceptron_constants
+from dhlnn_jax.files import plain
 from dhlnn_jax.hedger import Anchor, Hedger, batched_inputs
 from dhlnn_jax.market import MarketPath, Sampler
 from dhlnn_jax.nested import CostSurrogate, Problem, Update
@@ -227,7 +228,7 @@ def make_diagnostics(
             "n_inner": n_inner,
             "step_sizes": list(step_sizes),
             "tolerances": list(tolerances),
-            **{name: [_plain(numbers[name]) for numbers in found] for name in found[0]},
+            **{name: [plain(numbers[name]) for numbers in found] for name in found[0]},
             **({} if hedger.band is not None else dict.fromkeys(_BOUNDS)),
         }
 
@@ -243,8 +244,3 @@ def _in_double(tree: Any) -> Any:
     return jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x, tree
     )
-
-
-def _plain(numbers: np.ndarray) -> Any:
-    """Python numbers in lists, None for those that are not finite."""
-    return np.where(np.isfinite(numbers), numbers.astype(object), np.array(None)).tolist()

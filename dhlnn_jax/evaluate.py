@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dhlnn_jax.compiling import jit_for_seldom
+from dhlnn_jax.files import plain
 from dhlnn_jax.hedger import Policy
 from dhlnn_jax.market import MarketPath
 from dhlnn_jax.pnl import Contract, round_trip, trades, trading_gain, turnover
@@ -134,11 +135,6 @@ def standard_errors(influences: dict[str, Array], group_ids: Int[Array, " n_path
 
 def as_report(values: dict[str, Any], stderrs: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """{"metric": {"value", "stderr"}} as plain floats; a number that is not finite becomes None."""
-
-    def plain(x: Any) -> float | None:
-        x = float(x)
-        return x if np.isfinite(x) else None
-
     return {name: {"value": plain(values[name]), "stderr": plain(stderrs[name])} for name in values}
 
 
@@ -162,7 +158,7 @@ def regret_report(regret: Regret, optimum: float) -> dict[str, float | None]:
 
     Percents are None where the optimum is not above 1e-6, money: there is no liability then.
     """
-    value, stderr = (float(x) if np.isfinite(x) else None for x in regret)
+    value, stderr = (plain(x) for x in regret)
     share = 100.0 / optimum if optimum > 1e-6 else None
     percents = (None if x is None or share is None else share * x for x in (value, stderr))
     return dict(

@@ -40,6 +40,17 @@ def write_json(path: Path, values: Any) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
+def plain(numbers: Any) -> Any:
+    """A number, or an array as lists, in Python's own types; None for what is not finite: JSON has none."""
+    array = np.asarray(numbers)
+    return np.where(np.isfinite(array), array.astype(object), np.array(None)).tolist()
+
+
+def from_plain(numbers: list[float | None]) -> np.ndarray:
+    """What `plain` was given, but that infinities are not numbers."""
+    return np.array([np.nan if x is None else x for x in numbers])
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Contents of a file of `write_json` that holds an object. Raises: UsageError if it holds none."""
     try:

@@ -18,25 +18,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from dhlnn_jax import streaming
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.evaluate import HedgedPaths, Regret, as_report, hedged_paths, regret_report
-from dhlnn_jax.files import write_json
+from dhlnn_jax.files import plain
 from dhlnn_jax.fitting import make_contract
 from dhlnn_jax.market import SIMULATORS, make_simulation_sampler
 from dhlnn_jax.progress import progress_bar
-from dhlnn_jax.report import label_of, tail_not_estimable
 from dhlnn_jax.results import Results, machine, read_results
-from dhlnn_jax.script import Parser, exit_code, show_help
 from dhlnn_jax.settings import Settings, make_settings
 from dhlnn_jax.trained import TrainedHedger, load
 
 BLOCK_PATHS = 10_000
 _ROLE = 4
-_RISK = "entropic_risk_measure"
+RISK = "entropic_risk_measure"
 
 Params = Any
 DrawMoney = Callable[[list[Params], PRNGKeyArray, Array, Settings, Settings], HedgedPaths]
@@ -177,27 +174,23 @@ def _method_report(summary: streaming.Summary, i: int, optimum: float | None) ->
     )
     report: dict[str, Any] = {
         "final": as_report(values, stderrs),
-        "binning_error": {name: _plain(x[i]) for name, x in summary.binning_errors.items()},
-        "effective_sample_size": _plain(summary.effective_sample_size[i]),
+        "binning_error": {name: plain(x[i]) for name, x in summary.binning_errors.items()},
+        "effective_sample_size": plain(summary.effective_sample_size[i]),
         "estimator": "simulation",
     }
     if optimum is not None:
-        difference = jnp.asarray(values[_RISK] - summary.values[_RISK][0])
+        difference = jnp.asarray(values[RISK] - summary.values[RISK][0])
         report["regret"] = regret_report(
             Regret(difference, jnp.asarray(summary.paired_stderr[i, 0])), optimum
         )
     return report
 
 
-def _plain(x: Any) -> float | None:
-    return float(x) if np.isfinite(x) else None
-
-
 def _paired(summary: streaming.Summary, names: Sequence[str]) -> dict[str, Any]:
     """Differences of the entropic risk of every two methods that were simulated."""
-    risk = summary.values[_RISK]
+    risk = summary.values[RISK]
     return {
-        f"{a}-{b}": as_report({_RISK: risk[i] - risk[j]}, {_RISK: summary.paired_stderr[i, j]})
+        f"{a}-{b}": as_report({RISK: risk[i] - risk[j]}, {RISK: summary.paired_stderr[i, j]})
         for (i, a), (j, b) in itertools.combinations(enumerate(names), 2)
     }
 
@@ -207,129 +200,3 @@ def _peak_memory() -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-_HEADINGS = {
-    _RISK: "entropic risk",
-    "expected_shortfall": "expected shortfall",
-    "value_at_risk": "value at risk",
-    "pnl_mean": "mean PnL",
-    "pnl_std": "st. dev. of PnL",
-    "trading_cost_mean": "mean cost",
-    "turnover_mean": "turnover (units)",
-    "trade_frequency_mean": "trades at",
-}
-
-
-def print_measurement(report: dict[str, Any]) -> None:
-    """The table of `measure_run` on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    optimum, binned = report.get("optimum"), ("expected_shortfall", "value_at_risk")
-    table = Table(
-        title=f"{report['results']} on {report['n_paths']} fresh paths, seed {report['seed']}; money, "
-        "± 1 standard error; bins: at most what the histogram hides",
-        title_justify="left",
-    )
-    table.add_column("method", no_wrap=True)
-    for metric, heading in _HEADINGS.items():
-        table.add_column(heading, justify="right")
-        if metric == _RISK and optimum is not None:
-            table.add_column("regret", justify="right")
-            table.add_column("regret, %", justify="right")
-        if metric in binned:
-            table.add_column("bins", justify="right")
-    table.add_column("ESS", justify="right")
-    for name, row in report["methods"].items():
-        cells = [label_of(name)]
-        for metric in _HEADINGS:
-            number, exact = row["final"][metric], row["estimator"] == "quadrature"
-            if metric == _RISK and tail_not_estimable(row):
-                cells.append("tail not estimable")
-            else:
-                cells.append(f"{number['value']:.6f} exact" if exact else _number(**number))
-            if metric == _RISK and optimum is not None:
-                cells += _regret_cells(row)
-            if metric in binned:
-                error = row["binning_error"][metric] if "binning_error" in row else None
-                cells.append("–" if error is None else f"{error:.1e}")
-        ess = row["effective_sample_size"]
-        table.add_row(*cells, "–" if ess is None else f"{ess:.0f}")
-    # A pipe has no width: give the table what it needs instead of folding it at 80 columns.
-    Console(width=None if sys.stdout.isatty() else 320).print(table)
-    if optimum is not None:
-        print(
-            f"exact optimum of the entropic risk: {optimum['value']:.7f} (numerical error "
-            f"{optimum['error']:.1e}); regret is to its policy on the same paths"
-        )
-    print(f"{report['seconds']:.0f} s, peak memory {report['peak_memory_bytes'] / 1e9:.2f} GB")
-
-
-def _regret_cells(row: dict[str, Any]) -> tuple[str, str]:
-    if tail_not_estimable(row):
-        return "not estimable", "–"
-    number = row["regret"]
-    return (
-        _number(number["value"], number["stderr"]),
-        "–" if number["percent"] is None else _number(number["percent"], number["percent_stderr"], least=2),
-    )
-
-
-def _number(value: float | None, stderr: float | None, *, least: int = 6) -> str:
-    """With as many decimals as two digits of the standard error ask for, but at least some."""
-    if value is None:
-        return "not finite"
-    if stderr is None:
-        return f"{value:.{least}f} ± ?"
-    decimals = max(least, 1 - int(np.floor(np.log10(stderr)))) if stderr > 0 else least
-    return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python scripts/measure.py",
-        description="Measures the methods of a finished run on fresh simulated paths, as many as you like: "
-        "memory does not grow with them, and the numbers do not depend on --chunk.",
-    )
-    parser.add_argument("results", nargs="?", metavar="RESULTS", help="results folder of scripts/run.py")
-    parser.add_argument(
-        "--n-paths", type=int, default=1_000_000, help=f"a multiple of {BLOCK_PATHS} (default: 1000000)"
-    )
-    parser.add_argument(
-        "--methods", nargs="+", default=(), metavar="METHOD", help="of the run (default: all of them)"
-    )
-    parser.add_argument("--seed", type=int, default=1, help="of the paths, none of a run's (default: 1)")
-    parser.add_argument("--chunk", type=int, default=100_000, help="paths at a time (default: 100000)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to a file as well")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier FILE")
-    return parser
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Runs the script; returns its exit code, that of `script.exit_code`."""
-    return exit_code("measure.py", lambda: _run(arguments))
-
-
-def _run(arguments: Sequence[str]) -> None:
-    parser = _parser()
-    show_help(parser.format_help, arguments)
-    options = parser.parse_args(arguments)
-    if options.results is None:
-        raise UsageError("the results folder is missing: measure.py RESULTS [--n-paths 1000000]; see --help")
-    if options.json is not None:  # before the work, which may take an hour
-        if options.json.exists() and not options.overwrite:
-            raise UsageError(f"{str(options.json)!r} exists; give another --json, or --overwrite")
-        if not options.json.parent.is_dir():
-            raise UsageError(f"--json: there is no folder {str(options.json.parent)!r}")
-    report = measure_run(
-        options.results,
-        options.methods,
-        n_paths=options.n_paths,
-        seed=options.seed,
-        chunk_paths=options.chunk,
-    )
-    print_measurement(report)
-    if options.json is not None:
-        write_json(options.json, report)
-        print(f"numbers: {options.json}")

@@ -18,17 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dhlnn_jax.errors import UsageError
-from dhlnn_jax.files import write_json
+from dhlnn_jax.files import plain, write_json
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.results import machine
 
 
 def spread(samples: Sequence[float], unit: str) -> dict[str, Any]:
     """{"median", "min", "max", "unit", "repeats"}; an infinite sample (never reached) becomes None."""
-
-    def plain(x: float) -> float | None:
-        return float(x) if np.isfinite(x) else None
-
     return {
         "median": plain(statistics.median(samples)),
         "min": plain(min(samples)),

@@ -6,7 +6,7 @@ of one.
 
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +30,7 @@ from dhlnn_jax.fitting import (
     shared_made_from,
 )
 from dhlnn_jax.fleet import (
-    Layout,
     Member,
-    fleet_evaluator,
     keys_of,
     layout_of,
     member_of,
@@ -40,19 +38,18 @@ from dhlnn_jax.fleet import (
     over_members,
     stacked,
 )
-from dhlnn_jax.hedger import policy_of
 from dhlnn_jax.progress import progress_bar
 from dhlnn_jax.settings import Settings
 from dhlnn_jax.train import (
     CURVATURES,
     OBJECTIVES,
-    Objective,
     TrainInfo,
     TrainState,
     first_state,
     make_train_block,
     make_train_step,
 )
+from dhlnn_jax.validation import Validation
 
 Params = Any
 Judge = Callable[[int, Measurement], dict[str, Any]]
@@ -134,7 +131,7 @@ class _Trainer:
         self._settings = stacked([member.source.settings for member in members])
         rates = np.array([learning_rate(name, member.config) for member in members], np.float32)
         hedger = build_hedger(name, config)
-        self._validation = _Validation(name, members, [key.validation for key in keys], self._layout)
+        self._validation = Validation(name, members, [key.validation for key in keys], self._layout)
 
         def begin(params: Params, rate: Array) -> TrainState:
             return first_state(params, build_update(name, config, rate))
@@ -283,41 +280,11 @@ class _Trainer:
         return TrainedMethod(tuple(trained), self._log["train_seconds"], self._log["compile_seconds"])
 
 
-class _Validation:
-    """Risks of all members, each on the validation paths of its own seed and market."""
-
-    def __init__(self, name: str, members: Sequence[Member], keys: Sequence[PRNGKeyArray], layout: Layout):
-        config = members[0].config
-        self.evaluate = fleet_evaluator(
-            policy_of(build_hedger(name, config)),
-            make_contract(config),
-            mesh=layout.members,
-            made_from=shared_made_from("evaluating", name, config, members[0].source),
-        )
-        self._objective = OBJECTIVES[config.risk.kind]
-        draw = jit_for_seldom(members[0].source.train, static_argnums=1)
-        n_paths = config.training.validation_paths
-        self._paths = [draw(key, n_paths, m.source.settings)[0] for key, m in zip(keys, members, strict=True)]
-        self._settings = stacked([member.source.settings for member in members])
-
-    def __call__(self, params: Params) -> np.ndarray:
-        money = self.evaluate(params, self._paths, self._settings)
-        return np.asarray(_risks(self._objective, money.pnl, self._settings))
-
-
-# Compiled once for all methods that share a network or an objective.
-
-
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=32)  # compiled once for all methods that share a network
 def _initial_params(
     init: Callable[[PRNGKeyArray], Params], made_from: str | None
 ) -> Callable[[PRNGKeyArray], Params]:
     return traces.jit(over_members(init), made_from=made_from, compiler_options=options_for_seldom())
-
-
-@partial(jit_for_seldom, static_argnums=0)
-def _risks(objective: Objective, pnl: Array, settings: Settings) -> Array:
-    return over_members(objective)(pnl, settings)
 
 
 def _new_log(n_members: int) -> dict[str, Any]:

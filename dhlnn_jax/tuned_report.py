@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from dhlnn_jax.files import plain
+
 Curve = Sequence[Sequence[float | int]]  # rows of epochs done, wall seconds, CPU seconds, percent, error
 Row = dict[str, Any]
 
@@ -37,29 +39,25 @@ def summary(curves: Sequence[Curve], target: float, n_seeds: int) -> Row:
     seconds = [seconds_to(curve, target) for curve in curves]
     seconds += [(math.inf, math.inf)] * (n_seeds - len(curves))
     return {
-        "end_percent": _plain(statistics.fmean(regrets)),
-        "end_stderr": _plain(spread),
-        "end_paired_stderr": _plain(max(end[4] for end in ends)),
+        "end_percent": plain(statistics.fmean(regrets)),
+        "end_stderr": plain(spread),
+        "end_paired_stderr": plain(max(end[4] for end in ends)),
         "n_trained": len(curves),
         "n_reached": sum(math.isfinite(wall) for wall, _ in seconds),
         "wall": _of_seeds([wall for wall, _ in seconds]),
         "cpu": _of_seeds([cpu for _, cpu in seconds]),
         "seconds": statistics.fmean(end[1] for end in ends),
-        "curves": [[[_plain(x) for x in row] for row in curve] for curve in curves],
+        "curves": [[[plain(x) for x in row] for row in curve] for curve in curves],
     }
 
 
 def _of_seeds(seconds: Sequence[float]) -> Row:
     """The mean is None if any seed did not reach the target, the median if half of them did not."""
     return {
-        "mean": _plain(statistics.fmean(seconds)),
-        "median": _plain(statistics.median(seconds)),
-        "by_seed": [_plain(x) for x in seconds],
+        "mean": plain(statistics.fmean(seconds)),
+        "median": plain(statistics.median(seconds)),
+        "by_seed": [plain(x) for x in seconds],
     }
-
-
-def _plain(x: float | int) -> float | int | None:
-    return x if math.isfinite(x) else None
 
 
 def best_points(rows: Sequence[Row]) -> dict[str, Row | None]:

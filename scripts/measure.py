@@ -2,7 +2,7 @@
 
 import sys
 
-from dhlnn_jax.measure import main
+from dhlnn_jax.measure_report import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dhlnn_jax import ablation_report, ablation_study
+from dhlnn_jax import ablation_report, ablation_study, ablation_trainer
 from dhlnn_jax.ablation import (
     base_config,
     measured_epochs,
@@ -267,7 +267,7 @@ def test_noise_moves_features_and_not_money(key):
 def test_fixed_data_are_the_same_every_epoch_and_overfitted():
     config, judge = load_config(SMOKE, [*RISK, "--training.learning_rate", "0.05"]), tiny_judge()
     variant = variants_of("data", config, (30,), ("adam",))["adam @ fixed 30"]
-    trainer = ablation_study._Trainer(variant, config, judge, range(1))
+    trainer = ablation_trainer.Trainer(variant, config, judge, range(1))
     for epoch in (1, 2, 4, 60):
         trainer.train_to(epoch)
     points = trainer.points
@@ -312,7 +312,7 @@ def test_study_cut_off_goes_on_from_its_last_checkpoint_to_the_same_numbers(tmp_
     folder = tmp_path / "cut"
     command = [SMOKE, "--seeds", "2", "--rows", "adam_more_epochs", *RISK, "--out", str(folder)]
     trained = []
-    train_to = ablation_study._Trainer.train_to
+    train_to = ablation_trainer.Trainer.train_to
 
     def counted(trainer, epoch, *, last=False):
         if len(trained) == 3:  # of 2 variants at 2 measured epochs
@@ -321,7 +321,7 @@ def test_study_cut_off_goes_on_from_its_last_checkpoint_to_the_same_numbers(tmp_
         train_to(trainer, epoch, last=last)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ablation_study._Trainer, "train_to", counted)
+        patch.setattr(ablation_trainer.Trainer, "train_to", counted)
         assert main(command) == 130
     assert "--resume goes on" in capsys.readouterr().err
     assert {path.name for path in folder.iterdir()} == {"ablation.json", "checkpoints"}
@@ -341,7 +341,7 @@ def test_study_cut_off_goes_on_from_its_last_checkpoint_to_the_same_numbers(tmp_
 
     trained.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(ablation_study._Trainer, "train_to", counted)
+        patch.setattr(ablation_trainer.Trainer, "train_to", counted)
         assert main([*command, "--resume"]) == 0
     assert trained == [4, 8]  # the second measured epoch alone; the slower variant at its own
     out = capsys.readouterr().out
@@ -379,12 +379,6 @@ def test_study_killed_before_its_last_results_were_written_writes_them_first(tmp
     (again,) = study()
     again.pop("variants"), last.pop("variants")  # compile_seconds
     assert again == last
-
-
-def test_numbers_that_are_not_finite_survive_a_checkpoint():
-    values = np.array([1.5, np.nan, np.inf])
-    plain = json.loads(json.dumps(ablation_study._plain(values), allow_nan=False))
-    np.testing.assert_array_equal(ablation_study._array(plain), [1.5, np.nan, np.nan])
 
 
 def test_noise_and_data_figures_are_drawn():

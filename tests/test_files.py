@@ -1,10 +1,11 @@
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dhlnn_jax.errors import UsageError
-from dhlnn_jax.files import read_arrays, read_json, write_json, write_whole
+from dhlnn_jax.files import from_plain, plain, read_arrays, read_json, write_json, write_whole
 
 
 def test_json_is_whole_or_as_before(tmp_path):
@@ -17,6 +18,16 @@ def test_json_is_whole_or_as_before(tmp_path):
     with pytest.raises(TypeError):
         write_json(file, {"a": object()})
     assert json.loads(file.read_text()) == {"a": [1.5, None, "é"]}
+
+
+def test_numbers_survive_json_and_what_is_not_finite_becomes_none():
+    values = [1.5, np.nan, np.inf, -np.inf]
+    assert plain(np.array(values)) == [1.5, None, None, None]
+    assert plain(jnp.array([values, values])) == 2 * [[1.5, None, None, None]]
+    np.testing.assert_array_equal(from_plain(json.loads(json.dumps(plain(values)))), [1.5, *3 * [np.nan]])
+    for number, kind in ((3, int), (np.int32(3), int), (jnp.float32(0.5), float), (True, bool)):
+        assert plain(number) == number and type(plain(number)) is kind
+    assert plain(float("nan")) is None and plain(jnp.float32(jnp.inf)) is None
 
 
 @pytest.mark.parametrize("text", ['{"a": 1', "", "[1]", "\xff"])

@@ -17,7 +17,8 @@ from dhlnn_jax.evaluate import measure as measure_paths
 from dhlnn_jax.evaluate import standard_errors
 from dhlnn_jax.fitting import evaluator, make_contract
 from dhlnn_jax.market import SIMULATORS, make_simulation_sampler
-from dhlnn_jax.measure import main, measure_run
+from dhlnn_jax.measure import measure_run
+from dhlnn_jax.measure_report import main
 from dhlnn_jax.risk import entropic_risk_measure, paired_stderr
 from dhlnn_jax.trained import load
 
