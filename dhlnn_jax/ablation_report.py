@@ -28,11 +28,10 @@ _SECONDS = ("seconds", "cpu_seconds")
 
 def print_ablation(results: Results) -> None:
     """Two tables on stdout: what each variant spent and reached, and paired differences at equal budgets."""
-    from rich.console import Console
     from rich.table import Table
 
-    # A pipe has no width: give the tables what they need instead of folding them at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 240)
+    from dhlnn_jax.tables import print_table
+
     what = value_label(results)
     table = Table(title=f"{what}: mean ± s.e. over test paths ± s.e. over seeds", title_justify="left")
     table.add_column("variant", no_wrap=True)
@@ -48,7 +47,7 @@ def print_ablation(results: Results) -> None:
             _last_value(results, last),
             _range(results, last["value"]),
         )
-    console.print(table)
+    print_table(table)
 
     budgets = ("epochs", "gradients", results["clock"])
     names = ("epochs", "gradients", results["clock"].replace("_", " "))
@@ -64,7 +63,7 @@ def print_ablation(results: Results) -> None:
         paired.add_row(
             results["variants"][name]["label"], *(_difference(results, row[budget]) for budget in budgets)
         )
-    console.print(paired)
+    print_table(paired)
     epochs = next(iter(results["variants"].values()))["points"][-1]["epochs"]
     if results["optimum"] is not None:
         print(f"exact optimum of the entropic risk: {results['optimum']['value']:.7f}")

@@ -25,11 +25,11 @@ class _Terms(NamedTuple):
 
 
 def _terms(log_moneyness: ArrayLike, time_to_maturity: ArrayLike, volatility: ArrayLike) -> _Terms:
-    """d1 = x / s + s / 2 and d2 = d1 - s, with s = volatility sqrt(time)."""
+    """d1 = x / s + s / 2 and d2 = d1 - s, with s = volatility sqrt(time). What is not a number is alive."""
     time = jnp.asarray(time_to_maturity)
-    alive_time = time > 0
-    deviation = volatility * jnp.sqrt(jnp.where(alive_time, time, 1.0))
-    alive = alive_time & (deviation > _EXPIRED_DEVIATION)
+    over = time <= 0
+    deviation = volatility * jnp.sqrt(jnp.where(over, 1.0, time))
+    alive = ~(over | (deviation <= _EXPIRED_DEVIATION))
     deviation = jnp.where(alive, deviation, 1.0)
     d1 = jnp.asarray(log_moneyness) / deviation + 0.5 * deviation
     return _Terms(alive, deviation, d1, d1 - deviation)
@@ -110,8 +110,8 @@ def whalley_wilmott_half_width(
     log_gamma = norm.logpdf(t.d1) - log_spot - jnp.log(t.deviation)
     root_of_gamma = jnp.where(t.alive, jnp.exp((log_spot + 2.0 * log_gamma) / 3.0), 0.0)
     ratio = 1.5 * jnp.asarray(cost_rate) / risk_aversion
-    positive = ratio > 0
-    root_of_ratio = jnp.where(positive, jnp.cbrt(jnp.where(positive, ratio, 1.0)), 0.0)
+    nothing = ratio <= 0
+    root_of_ratio = jnp.where(nothing, 0.0, jnp.cbrt(jnp.where(nothing, 1.0, ratio)))
     return root_of_ratio * root_of_gamma
 
 

@@ -1,6 +1,5 @@
 """The table of what `diagnostics_run.diagnose` measured."""
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -29,11 +28,10 @@ _ROWS = {
 
 def print_diagnostics(results: dict[str, Any]) -> None:
     """On stdout, at the epochs of the figure: median over seeds (lowest to highest)."""
-    from rich.console import Console
     from rich.table import Table
 
-    # A pipe has no width: give the table what it needs instead of folding it at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 240)
+    from dhlnn_jax.tables import print_table
+
     n_seeds, first = len(results["seeds"]), results["by_seed"][0]
     table = Table(title=f"median of {n_seeds} seeds (lowest to highest)", title_justify="left")
     table.add_column("epoch", no_wrap=True)
@@ -48,7 +46,7 @@ def print_diagnostics(results: dict[str, Any]) -> None:
         if values.ndim == 3:  # over step sizes
             values = values[..., whole_step]
         table.add_row(label, *(_cell(values[:, i]) for i in shown))
-    console.print(table)
+    print_table(table)
 
 
 def _cell(values: np.ndarray) -> str:

@@ -65,9 +65,9 @@ def deviations_from_strike(path: MarketPath, settings: Settings) -> Array:
     Numerics: the cut keeps one far path near expiry from dominating a batch.
     """
     remaining = jnp.square(volatility(path, settings)) * time_to_maturity(path, settings)
-    alive = remaining > 0
-    ratio = log_moneyness(path, settings) / jnp.sqrt(jnp.where(alive, remaining, 1.0))
-    return jnp.where(alive, jnp.clip(ratio, -10.0, 10.0), 0.0)
+    over = remaining <= 0
+    ratio = log_moneyness(path, settings) / jnp.sqrt(jnp.where(over, 1.0, remaining))
+    return jnp.where(over, 0.0, jnp.clip(ratio, -10.0, 10.0))
 
 
 def cost_rate(path: MarketPath, settings: Settings) -> Array:
@@ -90,7 +90,7 @@ def strike(path: MarketPath, settings: Settings) -> Array:
 def _whole_deviation(path: MarketPath, settings: Settings) -> Array:
     """Volatility over the whole maturity; 1 where that is zero, so that features stay finite."""
     deviation = volatility(path, settings) * jnp.sqrt(settings.maturity)
-    return jnp.where(deviation > 0, deviation, 1.0)
+    return jnp.where(deviation <= 0, 1.0, deviation)
 
 
 def _constant(path: MarketPath, value) -> Array:
@@ -149,6 +149,15 @@ def feature_matrix(
 ) -> Float[Array, "n_times n_features"]:
     """The named features side by side, for one observed path.
 
-    Raises: KeyError for a name that is not in `FEATURES`.
+    Raises: ValueError as `check_names`.
     """
+    check_names(names)
     return jnp.stack([FEATURES[name](path, settings) for name in names], axis=-1)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises: ValueError for one name alone, and for a name that is not in `FEATURES`."""
+    unknown = [names] if isinstance(names, str) else [name for name in names if name not in FEATURES]
+    if unknown:
+        known = ", ".join(FEATURES)
+        raise ValueError(f"features must be several of {known}; got {', '.join(map(repr, unknown))}")

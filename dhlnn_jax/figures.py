@@ -100,7 +100,7 @@ def risk_by_epoch(results: Results) -> Figure | None:
     metric = objective_metric(results.config)
     if not any("training" in report for report in reports.values()):
         return None
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     levels = []
     for name, style in styles_of(results.metrics["methods"]).items():
         report = reports[name]
@@ -150,7 +150,7 @@ def risk_by_epoch(results: Results) -> Figure | None:
         title = f"points: validation risk, mean over {results.config.seeds} seeds; thin lines: every seed"
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
@@ -175,10 +175,15 @@ def bands(results: Results) -> Figure | None:
     if not arrays or not drawn:
         return None
     left = config.market.n_steps - arrays["decision"]
+    limits = results.metrics.get("optimum", {}).get("hedge_ratio_limits")  # not in older results
+    beyond = False
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, sharey=True, layout="constrained")
     for axis, row, steps_left in zip(axes.flat, range(len(left)), left, strict=False):
         if "optimal/band_lower" in arrays:
             lower, upper = arrays["optimal/band_lower"][row], arrays["optimal/band_upper"][row]
+            if limits is not None:
+                lower, upper, ended = _out_of_the_panel(lower, upper, *limits)
+                beyond |= ended
             axis.fill_between(arrays["spot"], lower, upper, color="0.8", label="exact optimum")
         for name, style in drawn.items():
             for edge in ("lower", "upper"):
@@ -205,8 +210,18 @@ def bands(results: Results) -> Figure | None:
     for axis in axes.flat[len(left) :]:
         axis.set_visible(False)
     effective = "; effective: trades less than 0.01" if any(METHODS[n].recurrent for n in drawn) else ""
-    figure.suptitle(f"no trade between the edges{effective}{lookback}", fontsize=10)
+    outside = "; grey out of the panel: an edge beyond the positions solved for" if beyond else ""
+    figure.suptitle(f"no trade between the edges{effective}{outside}{lookback}", fontsize=10)
     return figure
+
+
+def _out_of_the_panel(
+    lower: np.ndarray, upper: np.ndarray, lowest: float, highest: float
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Edges of the exact band, moved far away where all that is known of them is that they lie beyond."""
+    near = 1e-3 * (highest - lowest)
+    below, above = lower <= lowest + near, upper >= highest - near
+    return np.where(below, -99.0, lower), np.where(above, 99.0, upper), bool(below.any() or above.any())
 
 
 def sample_path(results: Results) -> Figure:

@@ -25,13 +25,14 @@ def band_step(
     """The previous hedge ratio moved to the nearest point of the band; to the midpoint of a crossed one.
 
     Numerics: gradients are one-sided at ties: on the edge counts as inside, so that derivative to
-      `previous` is 1 and to the edges 0 (`jnp.clip` would give halves, and the upper edge if crossed).
+      `previous` is 1 and to the edges 0 (`jnp.clip` would give halves, and the upper edge if crossed). An
+      edge that is not a number gives none, instead of a band that is never left.
     Source: paper Eq. (17); crossed bands as in Imaki et al.'s Clamp.
     """
     inside = jnp.where(
         previous < band_lower, band_lower, jnp.where(previous > band_upper, band_upper, previous)
     )
-    return jnp.where(band_lower > band_upper, 0.5 * (band_lower + band_upper), inside)
+    return jnp.where(band_lower <= band_upper, inside, 0.5 * (band_lower + band_upper))
 
 
 def band_hedge(
@@ -66,9 +67,9 @@ def band_hedge_parallel(
       and one-sided as there, perhaps to the other side.
     Source: Blelloch (1990), Prefix Sums and Their Applications, for the scan.
     """
-    crossed = band_lower > band_upper
+    ordered = band_lower <= band_upper
     midpoint = 0.5 * (band_lower + band_upper)
-    bands = jnp.where(crossed, midpoint, band_lower), jnp.where(crossed, midpoint, band_upper)
+    bands = jnp.where(ordered, band_lower, midpoint), jnp.where(ordered, band_upper, midpoint)
 
     def compose(first, then):
         return band_step(first[0], *then), band_step(first[1], *then)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from dhlnn_jax.features import BENDS, feature_matrix
+from dhlnn_jax.features import BENDS, check_names, feature_matrix
 from dhlnn_jax.hedge import (
     CLAMPS,
     Rule,
@@ -139,6 +139,7 @@ def make_inputs(
     features: Sequence[str], centre: Rule, centre_strike: float | None, half_width: Rule | None = None
 ) -> Callable[[MarketPath, Settings], tuple[Array, Anchor]]:
     """Features of the contract, and the anchor, of another strike if `centre_strike` is given."""
+    check_names(features)
     names = tuple(features)
 
     def inputs(path: MarketPath, settings: Settings) -> tuple[Array, Anchor]:
@@ -165,9 +166,14 @@ def make_band_hedger(
     h_t = min(max(lower, h_{t-1}), upper).
 
     Args:
+      features: names in `features.FEATURES`.
+      centre: of the band, for the claim that is hedged: the default is the delta of a European call, and a
+        hedger of another claim has to learn the difference (see `hedge.DELTAS`).
+      centre_strike: in place of the contract's, money.
       prior: "none": w = 0; "whalley_wilmott": w is the Whalley-Wilmott half-width and the raw outputs start
         at exactly zero, so that training starts from that band.
       clamp: `band_hedge`, or `band_hedge_parallel` for accelerators; same values.
+    Raises: ValueError as `features.check_names`.
     Source: paper Eq. (16)-(17) and App. D; prior: Arzel and Lehdili (2026).
     """
     with_prior = prior == "whalley_wilmott"
@@ -207,6 +213,8 @@ def make_recurrent_hedger(
     """The plain network that sees its previous hedge ratio (DHMLP), one scan over time.
 
     "delta_plus_tanh": h_t = centre + tanh(raw_t), Imaki et al.'s baseline. "direct": h_t = raw_t.
+
+    Args: as for `make_band_hedger`.
     """
     network: Any = HedgeNetwork(tuple(hidden_sizes))
 

@@ -1,6 +1,5 @@
 """The table of a finished run on fresh paths, and the command line of `measure`."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from dhlnn_jax.script import Parser, exit_code, show_help
 
 def print_measurement(report: dict[str, Any]) -> None:
     """The table of `measure_run` on stdout."""
-    from rich.console import Console
     from rich.table import Table
+
+    from dhlnn_jax.tables import print_table
 
     optimum, binned = report.get("optimum"), ("expected_shortfall", "value_at_risk")
     table = Table(
@@ -49,8 +49,7 @@ def print_measurement(report: dict[str, Any]) -> None:
                 cells.append("–" if error is None else f"{error:.1e}")
         ess = row["effective_sample_size"]
         table.add_row(*cells, "–" if ess is None else f"{ess:.0f}")
-    # A pipe has no width: give the table what it needs instead of folding it at 80 columns.
-    Console(width=None if sys.stdout.isatty() else 320).print(table)
+    print_table(table)
     if optimum is not None:
         print(
             f"exact optimum of the entropic risk: {optimum['value']:.7f} (numerical error "

@@ -165,7 +165,11 @@ def case_metrics(case: Case, rows: dict[str, Row]) -> dict[str, Any]:
     if case.optimum is None:
         return metrics
     value = case.optimum.value
-    metrics["optimum"] = {"value": value, "error": case.optimum.error}
+    metrics["optimum"] = {
+        "value": value,
+        "error": case.optimum.error,
+        "hedge_ratio_limits": list(case.optimum.hedge_ratio_limits),
+    }
     for name, row in rows.items():
         apart, of_paths = regret(row.mean, rows["optimal"].mean, groups)
         by_seed = [float(seed.regret.value) for seed in row.seeds if seed.regret is not None]

@@ -125,8 +125,8 @@ def solve_european(
       lambda P_0 sigma sqrt(T) the cut does not matter, from 5 on it does and `notes` says so.
     Source: Hodges and Neuberger (1989); Davis, Panas and Zariphopoulou (1993).
     """
-    _check_terminal(payoff)
     numbers = check_numbers(spot0, volatility, dt, cost_rate, risk_aversion, n_steps, resolution)
+    _check_terminal(payoff, float(spot0))
     claim = TerminalClaim(payoff, *numbers, liquidate)
     if increments is None:
         step = normal_step(volatility, drift, dt)
@@ -142,15 +142,25 @@ def solve_european(
     return OptimalHedge(solved.value, error, *solved[1:], limits, notes)
 
 
-def _check_terminal(payoff: Callable[..., Any]) -> None:
-    while isinstance(payoff, partial):
-        payoff = payoff.func
-    for name, claim in CLAIMS.items():
-        if claim.payoff is payoff and not claim.terminal:
-            raise UsageError(
-                f"solve_european covers claims on the last spot, {name} depends on the {claim.depends_on} "
-                f"of the path: fixed-strike lookback calls have solve_lookback, others are not covered"
-            )
+def _check_terminal(payoff: Callable[..., Any], spot0: float) -> None:
+    """By the claims' own word, or by paths of the same end where the payoff is the user's own."""
+    own = payoff
+    while isinstance(own, partial):
+        own = own.func
+    known = {claim.payoff: (name, claim) for name, claim in CLAIMS.items()}
+    if own in known:
+        name, claim = known[own]
+        terminal, what = claim.terminal, f"{name} depends on the {claim.depends_on} of the path"
+    else:
+        ends = spot0 * np.array([0.8, 1.0, 1.25])
+        owed = [[float(payoff(jnp.array(path))) for path in ([e], [e / 2, e], [2 * e, e])] for e in ends]
+        terminal = all(np.array_equal(same_end, same_end[:1] * 3, equal_nan=True) for same_end in owed)
+        what = "the payoff differs on paths of the same end"
+    if not terminal:
+        raise UsageError(
+            f"solve_european covers claims on the last spot, {what}: fixed-strike lookback calls have "
+            "solve_lookback, others are not covered"
+        )
 
 
 Optimum = OptimalHedge | LookbackHedge

@@ -71,11 +71,10 @@ def _two_digits(error: float) -> str:
 
 def print_report(results: Results) -> None:
     """The table, the paired differences and where everything lies on stdout; notes on stderr."""
-    from rich.console import Console
     from rich.table import Table
 
-    # A pipe has no width: give the table what it needs instead of folding it at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 260)
+    from dhlnn_jax.tables import print_table
+
     reports = results.metrics["methods"]
     metric = objective_metric(results.config)
     optimum = results.metrics.get("optimum")
@@ -100,8 +99,8 @@ def print_report(results: Results) -> None:
             "–" if ess is None else f"{ess:.0f}",
             f"{report['train_seconds']:.1f}" if report["paths_simulated"] else "–",
         )
-    console.print(table)
-    _print_seeds(console, results)
+    print_table(table)
+    _print_seeds(results)
     if optimum is not None:
         print(
             f"exact optimum of the entropic risk: {optimum['value']:.7f} (numerical error "
@@ -113,22 +112,21 @@ def print_report(results: Results) -> None:
         key=lambda n: reports[n]["final"][metric]["value"],
         default=None,
     )
-    if best is not None and len(reports) > 1:
+    others = [name for name in reports if name not in (best, "optimal")]
+    if best is not None and others:
         against = Table(
             title=f"{COLUMNS[metric]} less that of {label_of(best)} (paired)", title_justify="left"
         )
         against.add_column("method", no_wrap=True)
         against.add_column("difference ± standard error", justify="right")
-        for name in reports:
-            if name in (best, "optimal"):
-                continue
+        for name in others:
             if metric == "entropic_risk_measure" and any(
                 tail_not_estimable(reports[n]) for n in (name, best)
             ):
                 against.add_row(label_of(name), "tail not estimable")
             else:
                 against.add_row(label_of(name), _signed(*_paired(results, name, best, metric)))
-        console.print(against)
+        print_table(against)
     for note in results.meta["notes"]:
         print(f"note: {note}", file=sys.stderr)
     print(f"results: {results.folder}")
@@ -136,9 +134,11 @@ def print_report(results: Results) -> None:
         print(f"figure: {figure}")
 
 
-def _print_seeds(console: Any, results: Results) -> None:
+def _print_seeds(results: Results) -> None:
     """What the table leaves out where its rows are means over seeds: how far apart the seeds are."""
     from rich.table import Table
+
+    from dhlnn_jax.tables import print_table
 
     several = {name: r["by_seed"] for name, r in results.metrics["methods"].items() if "by_seed" in r}
     if not several:
@@ -162,7 +162,7 @@ def _print_seeds(console: Any, results: Results) -> None:
         digits = 2 if by_regret else 6
         ends = [f"{x:.{digits}f} (seed {seed})" for x, seed in (known[0], known[-1])] if known else ["–", "–"]
         table.add_row(label_of(name), *ends)
-    console.print(table)
+    print_table(table)
 
 
 def _paired(results: Results, a: str, b: str, metric: str) -> tuple[float | None, float | None]:

@@ -19,7 +19,7 @@ Weights = Float[Array, " n_paths"] | None
 
 def mean(pnl: Float[Array, " n_paths"], *, weights: Weights = None) -> Float[Array, ""]:
     """Weighted mean (of PnL, of costs, of anything that has one number a path)."""
-    return jnp.average(pnl, weights=weights)
+    return jnp.average(_sample(pnl), weights=weights)
 
 
 def standard_deviation(pnl: Float[Array, " n_paths"], *, weights: Weights = None) -> Float[Array, ""]:
@@ -27,9 +27,10 @@ def standard_deviation(pnl: Float[Array, " n_paths"], *, weights: Weights = None
 
     Numerics: the gradient at zero spread is 0 (the square root's would be infinite).
     """
+    pnl = _sample(pnl)
     variance = jnp.average(jnp.square(pnl - mean(pnl, weights=weights)), weights=weights)
-    positive = variance > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+    none = variance <= 0
+    return jnp.where(none, 0.0, jnp.sqrt(jnp.where(none, 1.0, variance)))
 
 
 def entropic_risk_measure(
@@ -43,6 +44,8 @@ def entropic_risk_measure(
       estimate: look at `effective_sample_size`.
     Source: paper Eq. (29), sign corrected; Foellmer and Schied (2002).
     """
+    pnl = _sample(pnl)
+    _check_positive("risk_aversion", risk_aversion)
     loss = -(risk_aversion * pnl)
     total = jnp.sum(weights) if weights is not None else jnp.asarray(pnl.shape[0], pnl.dtype)
     return (jax.nn.logsumexp(loss, b=weights) - jnp.log(total)) / risk_aversion
@@ -52,6 +55,8 @@ def quadratic_risk(
     pnl: Float[Array, " n_paths"], *, risk_aversion: Real[ArrayLike, ""], weights: Weights = None
 ) -> Float[Array, ""]:
     """Mean-variance risk -E pnl + (lambda / 2) Var pnl, in money: the entropic measure to second order."""
+    pnl = _sample(pnl)
+    _check_positive("risk_aversion", risk_aversion)
     centre = mean(pnl, weights=weights)
     return -centre + 0.5 * risk_aversion * mean(jnp.square(pnl - centre), weights=weights)
 
@@ -68,6 +73,8 @@ def expected_shortfall(
       tail_prob: worst fraction p in (0, 1]; "ES at alpha" is p = 1 - alpha.
     Source: paper Eq. (28); Acerbi and Tasche (2002), Definition 2.6.
     """
+    pnl = _sample(pnl)
+    _check_positive("tail_prob", tail_prob, most=1.0)
     loss, taken = _tail(pnl, tail_prob, weights)
     return jnp.sum(taken * loss) / jnp.sum(taken)
 
@@ -81,6 +88,8 @@ def value_at_risk(
       from a difference quotient of the quantile over p (1 -+ 1/4); it is what `stderr` uses.
     Source: paper Eq. (28); Bahadur (1966).
     """
+    pnl = _sample(pnl)
+    _check_positive("tail_prob", tail_prob, most=1.0)
     if weights is None:
         weights = jnp.ones_like(pnl)
     return _value_at_risk(pnl, jnp.asarray(tail_prob, pnl.dtype), weights)
@@ -111,12 +120,33 @@ def _value_at_risk_jvp(primals, tangents):
 
 
 def _tail(pnl: Array, tail_prob: ArrayLike, weights: Weights) -> tuple[Array, Array]:
-    """Losses from the worst on, and the weight of each that lies within the worst fraction."""
+    """Losses from the worst on, and the weight of each that lies within the worst fraction.
+
+    What is not a number is worst of all, so that it is seen.
+    """
     weights = jnp.ones_like(pnl) if weights is None else weights
-    worst_first = jnp.argsort(pnl)
+    worst_first = jnp.argsort(jnp.where(jnp.isnan(pnl), -jnp.inf, pnl))
     sorted_weights = weights[worst_first]
     before = jnp.cumsum(sorted_weights) - sorted_weights
     return -pnl[worst_first], jnp.clip(tail_prob * jnp.sum(weights) - before, 0.0, sorted_weights)
+
+
+def _sample(pnl: ArrayLike) -> Array:
+    """One number a path. Raises: ValueError for other shapes, which reductions would mix up silently."""
+    sample = jnp.asarray(pnl, jnp.result_type(pnl, float))
+    if sample.ndim != 1:
+        raise ValueError(
+            f"a sample has one number a path, [n_paths]; got shape {sample.shape}: vmap over the other axes"
+        )
+    return sample
+
+
+def _check_positive(name: str, number: ArrayLike, *, most: float = float("inf")) -> None:
+    """Refuses a number out of range where it is known, that is but for traced ones."""
+    if not isinstance(number, jax.core.Tracer) and not 0 < float(np.asarray(number)) <= most:
+        raise ValueError(
+            f"{name} must be above 0{f' and at most {most:g}' if most < 2 else ''}, got {number}"
+        )
 
 
 def exponential_loss(risk_aversion: ArrayLike) -> Callable[[Array], Array]:
@@ -138,7 +168,7 @@ def optimized_certainty_equivalent(
       sample; the gradient of the value is that at fixed theta (envelope theorem).
     Source: paper Eq. (37); Ben-Tal and Teboulle (2007).
     """
-    losses = -pnl
+    losses = -_sample(pnl)
     slope = jax.vmap(jax.grad(lambda x: loss(x)))
 
     def excess(theta: Array) -> Array:  # decreasing in theta
@@ -179,6 +209,8 @@ def effective_sample_size(
 
     Source: Kong (1992).
     """
+    pnl = _sample(pnl)
+    _check_positive("risk_aversion", risk_aversion)
     log_weight = -(risk_aversion * pnl)
     return jnp.exp(2.0 * jax.nn.logsumexp(log_weight) - jax.nn.logsumexp(2.0 * log_weight))
 
@@ -191,6 +223,7 @@ def influence(risk_fn: RiskFn, pnl: Float[Array, " n_paths"]) -> Float[Array, " 
 
     Source: infinitesimal jackknife, Efron (1982), Chapter 6.
     """
+    pnl = _sample(pnl)
     return jax.grad(lambda weights: risk_fn(pnl, weights=weights))(jnp.ones_like(pnl))
 
 
@@ -223,31 +256,16 @@ def stderr(
 
     Args:
       risk_fn: `(pnl, *, weights) -> money`, differentiable in weights, as all measures here are once their
-        hyper-parameters are bound (`functools.partial`). One without `weights` is jackknifed instead.
+        hyper-parameters are bound (`functools.partial`). One that takes no weights, or takes them and does
+        not look at them, is jackknifed instead.
       group_ids: paths of one group may depend on each other; None: every path for itself.
     Raises: ValueError for fewer than two paths.
     Numerics: the jackknife leaves out a hundredth of the groups at a time, so it is itself noisy by 7 %, and
       it needs concrete `group_ids` (no jit).
     """
-    if pnl.shape[0] < 2:
-        raise ValueError(f"a standard error needs at least 2 paths, got {pnl.shape[0]}")
-    if _takes_weights(risk_fn):
+    if _uses_weights(risk_fn, _sample(pnl)):
         return clustered_stderr(influence(risk_fn, pnl), group_ids)
-    return _jackknife_stderr(risk_fn, pnl, group_ids)
-
-
-def _takes_weights(risk_fn: RiskFn) -> bool:
-    parameters = inspect.signature(risk_fn).parameters.values()
-    return any(p.name == "weights" or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _jackknife_stderr(risk_fn: RiskFn, pnl: Array, group_ids: Array | None) -> Array:
-    """Delete-a-block jackknife over at most 100 blocks of whole groups. Source: Shao and Tu (1995), 2.3."""
-    ids = np.arange(pnl.shape[0]) if group_ids is None else np.unique(group_ids, return_inverse=True)[1]
-    block = ids % 100
-    values = jnp.stack([risk_fn(pnl[block != b]) for b in range(block.max() + 1)])
-    n_blocks = values.shape[0]
-    return jnp.sqrt((n_blocks - 1) / n_blocks * jnp.sum(jnp.square(values - jnp.mean(values))))
+    return _jackknife_stderr(risk_fn, (pnl,), group_ids)
 
 
 def paired_stderr(
@@ -257,5 +275,33 @@ def paired_stderr(
     *,
     group_ids: Int[Array, " n_paths"] | None = None,
 ) -> Float[Array, ""]:
-    """Standard error of `risk_fn(pnl) - risk_fn(other)` for two hedgers on the same paths."""
-    return clustered_stderr(influence(risk_fn, pnl) - influence(risk_fn, other), group_ids)
+    """Standard error of `risk_fn(pnl) - risk_fn(other)` for two hedgers on the same paths; as `stderr`."""
+    if _uses_weights(risk_fn, _sample(pnl)):
+        return clustered_stderr(influence(risk_fn, pnl) - influence(risk_fn, other), group_ids)
+    return _jackknife_stderr(lambda pnl, other: risk_fn(pnl) - risk_fn(other), (pnl, other), group_ids)
+
+
+def _uses_weights(risk_fn: RiskFn, pnl: Array) -> bool:
+    """Whether the value depends on weights. Raises: ValueError for fewer than two paths."""
+    if pnl.shape[0] < 2:
+        raise ValueError(f"a standard error needs at least 2 paths, got {pnl.shape[0]}")
+    parameters = inspect.signature(risk_fn).parameters.values()
+    if not any(p.name == "weights" or p.kind is p.VAR_KEYWORD for p in parameters):
+        return False
+    # A `**kwargs` may swallow them, and a derivative of zero would pass for no error at all.
+    traced = jax.make_jaxpr(lambda weights: risk_fn(pnl, weights=weights))(jnp.ones_like(pnl)).jaxpr
+    (weights,) = traced.invars
+    return any(used is weights for equation in traced.eqns for used in equation.invars)
+
+
+def _jackknife_stderr(
+    risk_fn: Callable[..., Any], samples: tuple[Array, ...], group_ids: Array | None
+) -> Array:
+    """Delete-a-block jackknife over at most 100 blocks of whole groups. Source: Shao and Tu (1995), 2.3."""
+    n_paths = samples[0].shape[0]
+    ids = np.arange(n_paths) if group_ids is None else np.unique(group_ids, return_inverse=True)[1]
+    block = ids % 100
+    left_out = [tuple(sample[block != b] for sample in samples) for b in range(block.max() + 1)]
+    values = jnp.stack([risk_fn(*kept) for kept in left_out])
+    n_blocks = values.shape[0]
+    return jnp.sqrt((n_blocks - 1) / n_blocks * jnp.sum(jnp.square(values - jnp.mean(values))))

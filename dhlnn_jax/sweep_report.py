@@ -20,8 +20,9 @@ Point = dict[str, Any]
 
 def print_sweep(results: SweepResults) -> None:
     """Every method at every point, on stdout; notes on stderr."""
-    from rich.console import Console
     from rich.table import Table
+
+    from dhlnn_jax.tables import print_table
 
     config = make_config(results["config"])
     metric, points = objective_metric(config), results["points"]
@@ -43,8 +44,7 @@ def print_sweep(results: SweepResults) -> None:
             shown = (cell(column, report) for column in columns)
             table.add_row(*at, label_of(name), cell(metric, report), *regret, *shown)
         table.add_section()
-    # A pipe has no width: give the table what it needs instead of folding it at 80 columns.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    print_table(table, n_keys=1 + len(results["over"]))
     seconds = results["seconds"]
     for name in seconds["train"]:
         print(

@@ -50,8 +50,7 @@ class TrainInfo(NamedTuple):
       risk: training risk, money. gradient_norm: of its exact gradient.
       n_gradients: gradients with respect to the parameters taken.
       turnover: mean units traded a path; 0 means that nobody trades.
-      finite: whether all outputs of the network were. A band that is not a number is never left, so that
-        risk and gradient alone would look sound.
+      finite: whether all outputs of the network were.
       n_rises: inner steps in a row that raised the linearized objective, see `nested.UpdateInfo`.
     """
 
@@ -226,17 +225,26 @@ def fit(
         epoch is that of this call).
       on_epoch: called after each epoch with (epochs done, state, info); if it returns a validation risk,
         the parameters with the smallest one are kept.
-    Raises: FloatingPointError naming the epoch if a validation risk is not finite.
+    Raises: FloatingPointError naming the epoch if outputs of the network, parameters or a validation risk are
+      not finite.
+    Numerics: the outputs of an epoch are looked at while the next one runs.
     """
     best = FitResult(state, state.params, int(state.epoch), float("inf"))
+    finite: Array | bool = True
     for epoch in range(int(state.epoch), n_epochs):
         state, info = step(state, jax.random.fold_in(key, epoch), settings)
+        if not finite:
+            raise FloatingPointError(f"network outputs are not finite in epoch {epoch}")
+        finite = info.finite
         risk = None if on_epoch is None else on_epoch(epoch + 1, state, info)
         if risk is not None:
             if not jnp.isfinite(risk):
                 raise FloatingPointError(f"validation risk is {risk} after epoch {epoch + 1}")
             if risk < best.best_risk:
                 best = best._replace(best_params=state.params, best_epoch=epoch + 1, best_risk=float(risk))
+    leaves = jax.tree.leaves(state.params)
+    if not finite or not all(jnp.all(jnp.isfinite(leaf)) for leaf in leaves):
+        raise FloatingPointError(f"network outputs or parameters are not finite after epoch {n_epochs}")
     if best.best_risk == float("inf"):
         best = best._replace(best_params=state.params, best_epoch=n_epochs)
     return best._replace(state=state)

@@ -46,25 +46,28 @@ class TrainedHedger(NamedTuple):
 
         Args:
           spot: [..., n_times], 1 <= n_times; one more than n_steps are allowed, the last is then not used.
-          volatility: per square root of a year; default what the hedger was trained with.
-        Raises: UsageError for prices that cannot be used.
+          volatility: per square root of a year (0.2 is 20 %): a number, one a path [...], or one a price
+            [..., n_times] as known then; default what the hedger was trained with.
+        Raises: UsageError for prices and volatilities that cannot be used.
         """
         n_steps = self.config.market.n_steps
-        prices = _checked_prices(spot, least=1, most=n_steps + 1)[..., :n_steps]
-        # A policy never looks at the last point of a path, so that today's price is repeated as tomorrow's.
-        whole = np.concatenate([prices, prices[..., -1:]], axis=-1)
-        settings = self._settings(volatility)
+        prices = _checked_prices(spot, least=1, most=n_steps + 1)
+        settings, variance = self._seen(volatility, prices.shape)
 
-        def one(path: Array) -> Positions:
-            market_path = MarketPath(spot=path)
+        def until_today(x: np.ndarray) -> np.ndarray:
+            # A policy never looks at the last point of a path, so that today is repeated as tomorrow.
+            rows = x.reshape(-1, x.shape[-1])[:, :n_steps]
+            return np.concatenate([rows, rows[:, -1:]], axis=-1)
+
+        def one(path: MarketPath) -> Positions:
             lower = upper = None
             if self.policy.band is not None:
-                lower, upper = self.policy.band(self.params, market_path, settings)
-            return Positions(self.policy.hedge_ratio(self.params, market_path, settings), lower, upper)
+                lower, upper = self.policy.band(self.params, path, settings)
+            return Positions(self.policy.hedge_ratio(self.params, path, settings), lower, upper)
 
-        flat = self._scaled(whole.reshape(-1, whole.shape[-1]))
-        positions = jax.jit(jax.vmap(one))(flat)
-        return jax.tree.map(lambda x: x.reshape(prices.shape), positions)
+        seen = None if variance is None else jnp.asarray(until_today(variance), float)
+        positions = jax.jit(jax.vmap(one))(MarketPath(self._scaled(until_today(prices)), seen))
+        return jax.tree.map(lambda x: x.reshape(*prices.shape[:-1], -1), positions)
 
     def pnl(self, spot: ArrayLike, *, volatility: ArrayLike | None = None) -> HedgedPaths:
         """Payoff, gain, cost and PnL of hedging the contract along whole paths, in the unit of the prices.
@@ -72,20 +75,18 @@ class TrainedHedger(NamedTuple):
         Args:
           spot: [n_paths, n_steps + 1] or [n_steps + 1].
           volatility: as in `positions`.
-        Raises: UsageError for prices that cannot be used, or a contract charged by the half-spread.
+        Raises: UsageError for prices and volatilities that cannot be used, or a contract charged by the
+          half-spread.
         """
         if self.config.cost.charge == "half_spread":
             raise UsageError("this hedger was charged the quoted half-spread; plain prices quote none")
         n_points = self.config.market.n_steps + 1
         prices = _checked_prices(spot, least=n_points, most=n_points)
+        settings, variance = self._seen(volatility, prices.shape)
         rows = prices.reshape(-1, n_points)
-        money = hedged_paths(
-            self.policy,
-            self.params,
-            MarketPath(spot=self._scaled(rows)),
-            make_contract(self.config),
-            self._settings(volatility),
-        )
+        seen = None if variance is None else jnp.asarray(variance.reshape(rows.shape), float)
+        paths = MarketPath(self._scaled(rows), seen)
+        money = hedged_paths(self.policy, self.params, paths, make_contract(self.config), settings)
         unit = jnp.asarray(rows[:, 0] / self.config.market.spot0, float)
         scaled = jax.tree.map(lambda x: x * unit, money)._replace(
             turnover=money.turnover, trade_frequency=money.trade_frequency, round_trip=money.round_trip
@@ -95,10 +96,23 @@ class TrainedHedger(NamedTuple):
     def _scaled(self, rows: np.ndarray) -> Array:
         return jnp.asarray(rows / rows[:, :1] * self.config.market.spot0, float)
 
-    def _settings(self, volatility: ArrayLike | None) -> Settings:
+    def _seen(
+        self, volatility: ArrayLike | None, shape: tuple[int, ...]
+    ) -> tuple[Settings, np.ndarray | None]:
+        """Settings with one volatility for all prices, or the variance at each price."""
         if volatility is None:
-            return self.settings
-        return self.settings._replace(volatility=jnp.asarray(volatility, float))
+            return self.settings, None
+        given = np.asarray(volatility, float)
+        if not (np.isfinite(given).all() and (given >= 0).all()):
+            raise UsageError("volatility must be finite and not negative, per square root of a year")
+        if given.ndim == 0:
+            return self.settings._replace(volatility=jnp.asarray(given, float)), None
+        if given.shape == shape[:-1]:
+            given = given[..., None]
+        elif given.shape != shape:
+            wanted = " or ".join(str(one) for one in dict.fromkeys((shape[:-1], shape)) if one)
+            raise UsageError(f"volatility must be a number or of shape {wanted}, got {given.shape}")
+        return self.settings, np.broadcast_to(np.square(given), shape)
 
 
 def load(results_folder: str | Path, method: str, *, seed: int | None = None) -> TrainedHedger:

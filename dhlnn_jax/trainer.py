@@ -228,7 +228,6 @@ class _Trainer:
         risks = self._validation(params)
         for i, log in enumerate(self._log["members"]):
             own, risk = member_of(params, i), float(risks[i])
-            # A band whose edges are not a number never trades: its risk alone would look finite.
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own)):
                 self._stop(i, f"parameters are not finite after epoch {self.epoch}")
             if not np.isfinite(risk):

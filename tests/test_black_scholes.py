@@ -233,3 +233,18 @@ def test_closed_form_value_and_every_gradient_finite(name, dtype):
     assert np.all(np.isfinite(value)) and np.all(np.asarray(value) >= 0)
     for argument, slope in zip(("x", "tau", "sigma", "strike", "dt"), slopes, strict=True):
         assert np.all(np.isfinite(slope)), argument
+
+
+@pytest.mark.parametrize(
+    "name", ["price", "delta", "gamma", "lookback_price", "lookback_delta", "half_width"]
+)
+def test_what_is_no_number_gives_none_instead_of_the_value_at_expiry(name):
+    lookback = name.startswith("lookback")
+    fn = {"half_width": functools.partial(bs.whalley_wilmott_half_width, cost_rate=2e-3, risk_aversion=50.0)}
+    given = [0.05, *([0.1] if lookback else []), MONTH, 0.2]
+    fn = jax.jit(fn.get(name) or getattr(bs, name))
+    assert np.isfinite(fn(*numbers(*given)))
+    for i in range(len(given)):
+        assert np.isnan(fn(*numbers(*given[:i], math.nan, *given[i + 1 :]))), i
+    for i in (-1, -2):  # no volatility, no time left
+        assert np.isfinite(fn(*numbers(*(0.0 if j == i % len(given) else x for j, x in enumerate(given)))))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dhlnn_jax.features import BENDS, FEATURES, feature_matrix
+from dhlnn_jax.hedger import make_band_hedger, make_recurrent_hedger
 from dhlnn_jax.market import MarketPath, observed_path
 from dhlnn_jax.settings import make_settings
 
@@ -115,6 +116,12 @@ def test_features_finite_without_time_or_volatility():
         assert np.isfinite(value) and np.all(np.isfinite(slope))
 
 
+def test_a_variance_below_zero_is_not_taken_for_expiry():
+    path = observed_path(MarketPath(jnp.array(SPOT), variance=jnp.array([0.09, -0.01, 0.09])))
+    for name in ("volatility", "standardised_log_moneyness", "deviations_from_strike"):
+        np.testing.assert_array_equal(np.isfinite(FEATURES[name](path, settings())), [True, False])
+
+
 def test_feature_matrix_columns_in_the_order_of_names():
     matrix = feature_matrix(("strike", "time_to_maturity"), MarketPath(jnp.array(SPOT)), settings())
     np.testing.assert_allclose(matrix, [[1.1, 0.5], [1.1, 0.4], [1.1, 0.3]], rtol=1e-6)
@@ -123,8 +130,12 @@ def test_feature_matrix_columns_in_the_order_of_names():
 
 
 def test_feature_matrix_unknown_name_is_named():
-    with pytest.raises(KeyError, match="moneynes"):
+    with pytest.raises(ValueError, match="got 'moneynes'"):
         feature_matrix(("moneynes",), MarketPath(jnp.array(SPOT)), settings())
+    for make in (make_band_hedger, make_recurrent_hedger):
+        for names in ("log_moneyness", ("log_moneyness", "moneynes")):
+            with pytest.raises(ValueError, match="features must be several of log_spot, "):
+                make(features=names)
 
 
 def test_feature_of_one_function_registers_by_name(monkeypatch):

@@ -44,3 +44,30 @@ def test_run_without_training_has_no_curve(base):
     rows = {name: results.metrics["methods"][name] for name in ("bsdh", "no_hedge")}
     metrics = {**results.metrics, "methods": rows}
     assert figures.risk_by_epoch(replace(results, metrics=metrics)) is None
+
+
+def test_an_edge_of_the_exact_band_at_the_end_of_what_was_solved_for_leaves_the_panel(base):
+    results = smoke_run(base)
+    lowest, highest = results.metrics["optimum"]["hedge_ratio_limits"]
+    arrays = dict(results.bands)
+    shape = arrays["optimal/band_lower"].shape
+    inner = {"optimal/band_lower": np.full(shape, 0.2), "optimal/band_upper": np.full(shape, 0.4)}
+    ended = {**inner, "optimal/band_upper": np.full(shape, highest)}
+    for edges, top in ((inner, 0.4), (ended, 99.0)):
+        figure = figures.bands(replace(results, bands={**arrays, **edges}))
+        grey = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+        assert (grey.min(), grey.max()) == (0.2, top)
+        assert ("beyond the positions solved for" in figure.get_suptitle()) == (top == 99.0)
+        assert figure.axes[0].get_ylim()[1] < 2
+        figures.plt.close(figure)
+    assert lowest < 0 < 1 < highest
+
+
+def test_no_legend_covers_the_curves_over_epochs(base):
+    figure = figures.risk_by_epoch(smoke_run(base))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    (axis,) = figure.axes
+    assert axis.get_legend() is None
+    assert not legend.get_window_extent().overlaps(axis.get_window_extent())
+    figures.plt.close(figure)

@@ -101,6 +101,20 @@ def test_band_hedge_gradient_flows_through_the_held_position(strict_x64):
     assert by_lower.tolist() == [1.0, 0.0, 0.0] and by_upper.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("form", hedge.CLAMPS)
+def test_an_edge_that_is_no_number_gives_no_position_and_an_infinite_one_never_trades(form):
+    held = jax.jit(jax.value_and_grad(lambda lower, upper: hedge.CLAMPS[form](lower, upper).sum()))
+    lower, upper = jnp.array([0.2, 0.3, 0.1]), jnp.array([0.4, 0.5, 0.2])
+    assert np.isfinite(held(lower, upper)[0])
+    for t in range(3):
+        for edges in ((lower.at[t].set(jnp.nan), upper), (lower, upper.at[t].set(jnp.nan))):
+            ratio = hedge.CLAMPS[form](*edges)
+            assert np.isnan(ratio[t:]).all() and np.isfinite(ratio[:t]).all()
+    wide = jnp.full(3, jnp.inf)
+    value, slope = held(-wide, wide)
+    assert value == 0.0 and not slope.any()
+
+
 # --- rules --------------------------------------------------------------------------------------------
 
 

@@ -410,6 +410,7 @@ def test_extreme_risk_aversion_stays_finite():
         ({"increments": ([0.1, 0.2], [0.5, 0.5])}, "arbitrage"),
         ({"increments": EVEN, "drift": 0.1}, "drift belongs to the normal law"),
         ({"payoff": partial(partial(lookback_call), strike=1.0)}, "lookback_call depends on the maximum"),
+        ({"payoff": lambda spot: jnp.maximum(jnp.mean(spot) - 1.0, 0.0)}, "differs on paths of the same end"),
         ({"payoff": lambda spot: 1.0 / (spot[-1] - spot[-1])}, "payoff must be finite"),
     ],
 )

@@ -3,6 +3,7 @@ from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -295,6 +296,21 @@ def test_paired_stderr_of_the_same_sample_and_of_a_difference(strict_x64):
     assert float(paired) < 0.2 * float(risk.stderr(risk.mean, pnl))  # that is why the paths are shared
 
 
+def ignoring(pnl, **ignored):
+    return -jnp.mean(pnl)
+
+
+def test_a_measure_that_swallows_the_weights_is_jackknifed_instead_of_certain(x64):
+    pnl, other = normals(2000), normals(2000) + 0.1 * normals(2000, seed=1)
+    textbook = float(risk.stderr(risk.mean, pnl))
+    for measure in (ignoring, lambda pnl: -jnp.mean(pnl), lambda pnl, *, weights=None: -jnp.mean(pnl)):
+        assert float(risk.stderr(measure, pnl)) == pytest.approx(textbook, rel=0.2)
+        paired = float(risk.paired_stderr(measure, pnl, other))
+        assert paired == pytest.approx(float(risk.paired_stderr(risk.mean, pnl, other)), rel=0.2)
+    passed_on = lambda pnl, **how: -risk.mean(pnl, **how)  # noqa: E731
+    assert float(jax.jit(partial(risk.stderr, passed_on))(pnl)) == pytest.approx(textbook, rel=1e-10)
+
+
 @cache
 def every_influence():
     of = lambda pnl: {name: risk.influence(measure, pnl) for name, measure in MEASURES.items()}  # noqa: E731
@@ -314,3 +330,63 @@ def test_effective_sample_size_limits_and_by_hand(strict_x64):
     assert float(size(jnp.full(12, -3.0))) == pytest.approx(12.0)
     assert float(size(jnp.array([-1000.0, 0.0, 1.0]))) == pytest.approx(1.0)
     assert float(size(jnp.array([0.0, -math.log(2.0)]))) == pytest.approx(9 / 5)  # weights 1, 2
+
+
+# --- what is refused, and what is seen ----------------------------------------------------------------
+
+
+@pytest.fixture
+def as_for_users():
+    """Without the type checks that only tests have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+OF_A_SAMPLE = {
+    **MEASURES,
+    "mean": risk.mean,
+    "standard_deviation": risk.standard_deviation,
+    "effective_sample_size": partial(risk.effective_sample_size, risk_aversion=5.0),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_SAMPLE)
+def test_a_sample_has_one_axis(as_for_users, name):
+    for shape in ((), (4, 1), (1, 4), (2, 3)):
+        with pytest.raises(ValueError, match=r"one number a path, \[n_paths\]; got shape"):
+            OF_A_SAMPLE[name](jnp.ones(shape))
+    assert np.isfinite(jax.vmap(OF_A_SAMPLE[name])(jnp.arange(6.0).reshape(2, 3))).all()
+
+
+@pytest.mark.parametrize("name", OF_A_SAMPLE)
+def test_one_path_that_is_no_number_is_seen(name):
+    pnl = jnp.linspace(-1.0, 1.0, 101)
+    for i in (0, 50, 100):
+        assert np.isnan(OF_A_SAMPLE[name](pnl.at[i].set(jnp.nan))), i
+    assert np.isfinite(OF_A_SAMPLE[name](pnl))
+
+
+@pytest.mark.parametrize(
+    "measure, option, wrong",
+    [
+        (risk.entropic_risk_measure, "risk_aversion", (0.0, -1.0, math.nan)),
+        (risk.quadratic_risk, "risk_aversion", (0.0, -1.0)),
+        (risk.effective_sample_size, "risk_aversion", (0.0, jnp.array(-1.0))),
+        (risk.expected_shortfall, "tail_prob", (0.0, -0.1, 10.0, math.nan)),
+        (risk.value_at_risk, "tail_prob", (0, 1.5, np.float32(2.0))),
+    ],
+)
+def test_numbers_out_of_range_are_refused_where_they_are_known(measure, option, wrong):
+    pnl = jnp.linspace(-1.0, 1.0, 11)
+    for number in wrong:
+        with pytest.raises(ValueError, match=f"{option} must be above 0"):
+            measure(pnl, **{option: number})
+    jax.jit(lambda number: measure(pnl, **{option: number}))(wrong[0])  # traced ones are not looked at
+    assert np.isfinite(measure(pnl, **{option: 1.0}))
+
+
+def test_pnl_of_numpy_is_taken_without_a_warning(as_for_users, recwarn):
+    assert np.isfinite(entropic(np.linspace(-1.0, 1.0, 11)))
+    assert np.isfinite(threshold(np.arange(-5, 6)))
+    assert not recwarn

@@ -1,5 +1,6 @@
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import optax
 import pytest
 
 from dhlnn_jax import hedge, train
+from dhlnn_jax.evaluate import hedged_paths
 from dhlnn_jax.hedger import make_band_hedger, make_recurrent_hedger, policy_of, rule_policy
 from dhlnn_jax.market import SIMULATORS, make_simulation_sampler
 from dhlnn_jax.nested import nested_update, optax_update
@@ -189,13 +191,12 @@ def test_dead_edge_only_buys_and_does_not_learn_to_sell(key):
 
 @pytest.mark.parametrize("linearization", ["network", "position", "none"])
 def test_outputs_that_are_not_numbers_are_seen_wherever_the_problem_is_cut(key, linearization):
-    """Such a band is never left: risk and hedge ratio alone would look sound."""
     update = nested_update(optax.adam(1e-2), learning_rate=1e-2, linearization=linearization)
     step, params = jax.jit(make_step(update)), initial().params
     assert bool(step(train.first_state(params, update), key, settings())[1].finite)
     broken = jax.tree.map(lambda w: w * jnp.nan, params)
     info = step(train.first_state(broken, update), key, settings())[1]
-    assert not bool(info.finite) and bool(jnp.isfinite(info.risk))
+    assert not bool(info.finite) and bool(jnp.isnan(info.risk))
 
 
 # --- nested -------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def test_fit_gives_every_epoch_its_own_key(key):
 
         def step(state, key, settings):
             keys.append(tuple(jax.random.key_data(key).tolist()))
-            return state._replace(epoch=state.epoch + 1), None
+            return state._replace(epoch=state.epoch + 1), SimpleNamespace(finite=True)
 
         train.fit(step, state, key, settings(), n_epochs=n_epochs)
         return keys
@@ -269,6 +270,18 @@ def test_fit_stops_at_a_validation_risk_that_is_no_number(key, risk):
     on_epoch = lambda epoch, *_: risk if epoch == 2 else 0.1  # noqa: E731
     with pytest.raises(FloatingPointError, match="epoch 2"):
         train.fit(adam_step(), initial(), key, settings(), n_epochs=3, on_epoch=on_epoch)
+
+
+@pytest.mark.parametrize("n_epochs, said", [(1, "after epoch 1"), (3, "in epoch 2")])
+def test_fit_stops_where_parameters_are_no_numbers_and_so_is_what_they_hedge(key, n_epochs, said):
+    """After the first step they are not; the second one sees it in the outputs, and no step the last time."""
+    broken = jax.jit(make_step(optax_update(optax.adam(float("nan")))))
+    with pytest.raises(FloatingPointError, match=f"not finite {said}"):
+        train.fit(broken, initial(), key, settings(), n_epochs=n_epochs)
+    paths = SAMPLE(key, 100, settings())[0]
+    for params, sound in ((initial().params, True), (broken(initial(), key, settings())[0].params, False)):
+        money = hedged_paths(policy_of(HEDGER), params, paths, CONTRACT, settings())
+        assert bool(jnp.isfinite(train.OBJECTIVES["entropic"](money.pnl, settings()))) == sound
 
 
 def test_training_beats_every_hedger_that_it_must_beat(key):

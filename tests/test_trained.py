@@ -103,6 +103,33 @@ def test_volatility_may_be_given(hedgers):
     assert float(hedgers["bsdh"].pnl(SPOT, volatility=0.8).pnl) != float(hedgers["bsdh"].pnl(SPOT).pnl)
 
 
+def test_volatility_may_differ_by_path_and_by_price(hedgers):
+    hedger, spot = hedgers["dhntb"], np.stack([SPOT, OTHER])
+    each = [hedger.positions(row, volatility=v).hedge_ratio for row, v in zip(spot, (0.2, 0.6), strict=True)]
+    assert np.abs(each[1] - hedger.positions(OTHER).hedge_ratio).max() > 1e-3
+    by_path, by_price = np.array([0.2, 0.6]), np.broadcast_to([[0.2], [0.6]], spot.shape)
+    for given in (by_path, by_price):
+        held = hedger.positions(spot, volatility=given).hedge_ratio
+        np.testing.assert_allclose(held, np.stack(each), atol=1e-5)
+    money = hedger.pnl(spot, volatility=by_path).pnl
+    alone = [hedger.pnl(row, volatility=v).pnl for row, v in zip(spot, by_path, strict=True)]
+    np.testing.assert_allclose(money, np.stack(alone), atol=1e-6)
+    # a square of paths and prices is read by path
+    square = np.stack([SPOT[:4]] * 4)
+    held = hedger.positions(square, volatility=np.array([0.2, 0.2, 0.6, 0.2])).hedge_ratio
+    np.testing.assert_array_equal(held[0], held[3])
+    assert np.abs(held[2] - held[0]).max() > 1e-3
+    for wrong, said in (
+        (np.nan, "finite and not negative"),
+        (-0.2, "finite and not negative"),
+        (np.array([0.2, np.inf]), "finite and not negative"),
+        (np.full(3, 0.2), r"a number or of shape \(2,\) or \(2, 11\), got \(3,\)"),
+    ):
+        for apply in (hedger.positions, hedger.pnl):
+            with pytest.raises(UsageError, match=said):
+                apply(spot, volatility=wrong)
+
+
 @pytest.mark.parametrize(
     "spot, said",
     [
