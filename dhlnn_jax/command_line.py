@@ -104,6 +104,9 @@ def _several(arguments: list[str]) -> tuple[tuple[str, int, int] | None, list[st
 
 def _report(arguments: list[str]) -> None:
     show_help(lambda: _REPORT_USAGE, arguments)
+    options = [argument for argument in arguments if argument.startswith("-")]
+    if options:
+        raise UsageError(f"{options[0]}: report.py takes results folders and no options; see --help")
     from dhlnn_jax import figures, report
     from dhlnn_jax.results import read_results
 

@@ -44,6 +44,12 @@ def test_no_arguments_give_the_usage_on_stderr_and_exit_2(capsys, command, first
     assert out == "" and err.startswith(first) and "Traceback" not in err
 
 
+def test_report_takes_no_options(capsys):
+    assert main("report", ["results/run", "--foo"]) == 2
+    err = capsys.readouterr().err
+    assert err == "report.py: --foo: report.py takes results folders and no options; see --help\n"
+
+
 def test_help_of_report_exits_0(capsys):
     assert main("report", ["--help"]) == 0
     assert "RESULTS" in capsys.readouterr().out

@@ -16,11 +16,14 @@ def test_compose_example_trains():
     assert int(names["state"].epoch) == 20
     lines = [line for line in BLOCKS[0].splitlines() if line and not line.startswith(("import", "from"))]
     assert len(lines) <= 10
+    exec(BLOCKS[1], names)
+    assert names["infos"].risk.shape == (3,) and names["states"].epoch.tolist() == [21, 21, 21]
+    assert len(set(names["infos"].risk.tolist())) == 3
 
 
 def test_single_path_example_gives_the_numbers_it_prints():
     names: dict = {}
-    exec(BLOCKS[1], names)
+    exec(BLOCKS[2], names)
     assert names["position"].tolist() == pytest.approx([0.4, 0.5, 0.5])
     # premium - payoff + gain - cost: 0.02 - 0.03 + (0.008 - 0.015 + 0.02) - 0.002 (0.4 + 0.102 + 0.515)
     assert float(names["money"]) == pytest.approx(0.02 - 0.03 + 0.013 - 0.002 * 1.017, abs=1e-7)
@@ -30,7 +33,7 @@ def test_single_path_example_gives_the_numbers_it_prints():
 
 def test_optimum_example_gives_the_numbers_it_prints():
     names: dict = {}
-    exec(BLOCKS[2], names)
+    exec(BLOCKS[3], names)
     assert (names["best"].value, names["ask"]) == (pytest.approx(0.0258622, abs=2e-7),) * 2
     assert names["bid"] == pytest.approx(0.02001, abs=1e-5) and names["best"].error < 1e-6
 
@@ -38,7 +41,7 @@ def test_optimum_example_gives_the_numbers_it_prints():
 def test_own_prices_example_runs_on_the_quickstart(quickstart, monkeypatch, capsys):
     monkeypatch.chdir(quickstart.folder.parents[1])
     assert quickstart.folder == quickstart.folder.parents[1] / "results" / "quickstart"
-    exec(BLOCKS[3], {})
+    exec(BLOCKS[4], {})
     assert capsys.readouterr().out.startswith("hold 0.")
 
 
