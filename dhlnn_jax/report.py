@@ -127,6 +127,11 @@ def print_report(results: Results) -> None:
             else:
                 against.add_row(label_of(name), _signed(*_paired(results, name, best, metric)))
         print_table(against)
+        if any(reports[name]["estimator"] == "quadrature" for name in (best, *others)):
+            print(
+                "paired: on the same test paths, on which a row that is exact above is simulated too, unless too "
+                "few of them carry it\n"
+            )
     for note in results.meta["notes"]:
         print(f"note: {note}", file=sys.stderr)
     print(f"results: {results.folder}")

@@ -54,7 +54,11 @@ def make_settings(
     premium: ArrayLike = 0.0,
     parameters: dict[str, ArrayLike] | None = None,
 ) -> Settings:
-    """Settings as arrays of the default float type, with `maturity = n_steps * dt` if it is not given."""
+    """Settings as arrays of the default float type, with `maturity = n_steps * dt` if it is not given.
+
+    Args:
+      n_steps: of the paths that go with them; on longer ones the claim expires before the path ends.
+    """
     numbers = {
         "strike": strike,
         "cost_rate": cost_rate,
