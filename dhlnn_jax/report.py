@@ -129,8 +129,8 @@ def print_report(results: Results) -> None:
         print_table(against)
         if any(reports[name]["estimator"] == "quadrature" for name in (best, *others)):
             print(
-                "paired: on the same test paths, on which a row that is exact above is simulated too, unless too "
-                "few of them carry it\n"
+                "paired: on the same test paths, on which a row that is exact above is simulated too, unless "
+                "too few of them carry it\n"
             )
     for note in results.meta["notes"]:
         print(f"note: {note}", file=sys.stderr)

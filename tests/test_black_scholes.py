@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from dhlnn_jax import black_scholes as bs
+from dhlnn_jax.payoff import CLAIMS
+from dhlnn_jax.settings import make_settings
+from dhlnn_jax.unhedged import unhedged_law
 
 MONTH = 30 / 365
 POINTS = [(0.0, MONTH, 0.1), (0.1, 0.5, 0.3), (-0.2, 1.0, 0.25), (0.02, 0.01, 0.4)]  # x, tau, volatility
@@ -248,3 +251,27 @@ def test_what_is_no_number_gives_none_instead_of_the_value_at_expiry(name):
         assert np.isnan(fn(*numbers(*given[:i], math.nan, *given[i + 1 :]))), i
     for i in (-1, -2):  # no volatility, no time left
         assert np.isfinite(fn(*numbers(*(0.0 if j == i % len(given) else x for j, x in enumerate(given)))))
+
+
+@pytest.mark.parametrize("strike", [0.97, 1.0, 1.03])
+def test_lookback_looked_at_daily_is_the_mean_of_the_exact_law_also_above_the_maximum(strike):
+    """Good to the o(sqrt(dt)) of the shift; without it, or moved from the maximum instead, it is far off."""
+    law = unhedged_law(
+        CLAIMS["lookback_call"], make_settings(n_steps=30, strike=strike, volatility=0.2), n_steps=30
+    )
+    x = -math.log(strike)
+    daily = lookback_price(*numbers(x, x, MONTH, 0.2), strike=strike, monitoring_dt=1 / 365)
+    assert float(daily) == pytest.approx(law.payoff @ law.probability, abs=2.5e-4)
+    assert float(lookback_price(*numbers(x, x, MONTH, 0.2), strike=strike)) > float(daily) + 1e-3
+
+
+def test_little_randomness_is_still_some():
+    """x / s = 1 at a deviation of a thousandth of a percent."""
+    assert float(delta(*numbers(1e-5, 1.0, 1e-5))) == pytest.approx(normal_cdf(1.0), abs=1e-3)
+
+
+@pytest.mark.parametrize("cost_rate, risk_aversion", [(math.nan, 50.0), (2e-3, math.nan)])
+def test_half_width_of_a_cost_or_risk_aversion_that_is_no_number(cost_rate, risk_aversion):
+    at = functools.partial(whalley_wilmott_half_width, *numbers(0.05, MONTH, 0.2))
+    assert np.isnan(at(cost_rate=jnp.array(cost_rate), risk_aversion=jnp.array(risk_aversion)))
+    assert float(at(cost_rate=jnp.array(0.0), risk_aversion=jnp.array(50.0))) == 0.0

@@ -33,6 +33,11 @@ def test_zero_gradient_share_by_hand(x64):
     problem = Problem(lambda w: w * widths, lambda y: jnp.sum(jax.nn.relu(y), axis=(1, 2)), mean_loss)
     share = functools.partial(diagnostics.zero_gradient_share, problem, jnp.array(1.0))
     assert float(share(n_row_axes=2)) == pytest.approx(3 / 6)
+    # of two outputs, the second of which nothing depends on, a row has a gradient if one of them has
+    two = Problem(
+        lambda w: (w * widths, w * widths), lambda y: jnp.sum(jax.nn.relu(y[0]), axis=(1, 2)), mean_loss
+    )
+    assert float(diagnostics.zero_gradient_share(two, jnp.array(1.0), n_row_axes=2)) == pytest.approx(3 / 6)
     assert float(share(n_row_axes=1)) == 0.0 and float(share(n_row_axes=3)) == pytest.approx(8 / 12)
 
 

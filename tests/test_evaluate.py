@@ -10,10 +10,13 @@ import pytest
 from dhlnn_jax import risk
 from dhlnn_jax.evaluate import (
     HedgedPaths,
+    Regret,
     as_report,
     hedged_paths,
     measure,
     metrics_of,
+    regret,
+    regret_report,
     standard_errors,
     unhedged_values,
 )
@@ -54,6 +57,38 @@ def test_hedged_paths_by_hand():
     np.testing.assert_allclose(money.turnover, [0.8, 0.8], atol=1e-6)
     np.testing.assert_allclose(money.round_trip, [0.3, 0.3], atol=1e-6)
     np.testing.assert_allclose(money.pnl, [0.05 - 0.3 + 0.09 - 0.083, 0.05 - 0.07 - 0.077], atol=1e-6)
+
+
+@pytest.mark.parametrize("liquidate", [False, True])
+def test_the_sale_at_the_end_is_no_decision_to_trade(liquidate):
+    """Bought once in two decisions; what is left is sold or settled, whoever decided."""
+    policy = rule_policy(lambda path, settings: jnp.array([0.5, 0.5]))
+    money = hedged_paths(
+        policy, None, MarketPath(jnp.ones((1, 3))), CONTRACT._replace(liquidate=liquidate), SETTINGS
+    )
+    assert money.trade_frequency.tolist() == [0.5]
+
+
+def test_regret_has_no_percent_where_nothing_is_owed():
+    for optimum, percent in ((2e-2, 5.0), (1e-7, None), (0.0, None), (-1e-2, None)):
+        report = regret_report(Regret(np.array(1e-3), np.array(1e-4)), optimum)
+        assert report["percent"] == (percent if percent is None else pytest.approx(percent))
+        assert report["value"] == pytest.approx(1e-3) and report["stderr"] == pytest.approx(1e-4)
+
+
+def test_regret_is_paired_with_the_optimum_on_its_paths():
+    """A hedger that is the optimum plus a little noise of its own: the error is the noise's alone."""
+    common, own = np.random.default_rng(0).normal(size=(2, 4000)) * np.array([[0.05], [0.001]])
+    groups = jnp.arange(4000)
+    best, near = (
+        measure(HedgedPaths(*[jnp.asarray(pnl, float)] * 7), SETTINGS) for pnl in (common, common + own)
+    )
+    found = regret(near, best, groups)
+    alone = standard_errors(near.influences, groups)["entropic_risk_measure"]
+    np.testing.assert_allclose(
+        found.value, near.values["entropic_risk_measure"] - best.values["entropic_risk_measure"]
+    )
+    assert 0 < float(found.stderr) < 0.1 * float(alone)
 
 
 POLICY = rule_policy(lambda path, settings: 0.5 * path.spot + 10.0 * (path.spot - settings.strike))

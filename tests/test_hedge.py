@@ -274,3 +274,15 @@ def test_band_hedge_parallel_has_finite_gradients_at_ties(strict_x64):
     for lower, upper in ((level, level), (level, level + 0.2), (level - 0.2, level)):
         slopes = jax.grad(lambda a, b: jnp.sum(hedge.band_hedge_parallel(a, b)), (0, 1))(lower, upper)
         assert np.all(np.isfinite(slopes)) and np.abs(slopes).max() <= 5
+
+
+def test_bands_do_not_depend_on_the_unit_of_money():
+    """A hundred times the spot, the strike and every sum of money: the same hedge ratios."""
+    one, hundred = observed(), MarketPath(100.0 * jnp.asarray(SPOT))
+    dear = settings(strike=103.0, risk_aversion=0.5)
+    edges = (hedge.whalley_wilmott_band(*at) for at in ((one, settings(strike=1.03)), (hundred, dear)))
+    for cheap_edge, dear_edge in zip(*edges, strict=True):
+        np.testing.assert_allclose(dear_edge, cheap_edge, rtol=2e-5, atol=1e-6)
+    width = hedge.whalley_wilmott_half_width(one, settings(strike=1.03))
+    np.testing.assert_allclose(hedge.whalley_wilmott_half_width(hundred, dear), width, rtol=2e-5)
+    assert float(width.min()) > 0.01

@@ -181,3 +181,11 @@ def test_shipped_test_windows_share_no_close_with_each_other_or_with_training():
 def test_shipped_closes_are_those_of_the_package(tmp_path):
     runpy.run_path(str(HERE / "make_closes.py"))["main"](tmp_path / "closes.parquet")
     assert pl.read_parquet(tmp_path / "closes.parquet").equals(pl.read_parquet(HERE / "closes.parquet"))
+
+
+def test_the_test_part_is_the_nearest_number_of_dates(tmp_path):
+    """0.29 * 100 is a hair below 29."""
+    days = [f"2020-{1 + i // 28:02d}-{1 + i % 28:02d}" for i in range(100)]
+    frame = pl.DataFrame({"date": days, "ticker": ["AA"] * 100, "close": np.arange(1.0, 101.0)})
+    note = history.load_history(write(tmp_path, frame), n_steps=1, test_fraction=0.29).notes[0]
+    assert note.endswith(f"test part from {days[71]}")

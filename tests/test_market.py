@@ -229,3 +229,12 @@ def test_path_volatility_known_variance_before_settings():
     np.testing.assert_allclose(market.path_volatility(MarketPath(spot), settings), [0.3] * 3, rtol=1e-6)
     path = MarketPath(spot, variance=jnp.array([0.04, 0.09, 0.25]))
     np.testing.assert_allclose(market.path_volatility(path, settings), [0.2, 0.3, 0.5], rtol=1e-6)
+
+
+def test_sobol_normals_are_the_middles_of_their_cells(key, monkeypatch):
+    """All points of 8 bits: whatever the shift, each cell is hit once, and none at an end."""
+    special = pytest.importorskip("scipy.special")
+    monkeypatch.setattr(market, "_SOBOL_BITS", 8)
+    monkeypatch.setattr(market, "_sobol_points", lambda n, dimension: np.arange(n, dtype=np.uint32)[:, None])
+    z = np.sort(np.asarray(draw_normals(key, 256, (1,), kind="sobol"), dtype=float)[:, 0])
+    np.testing.assert_allclose(special.ndtr(z), (np.arange(256) + 0.5) / 256, atol=1e-6)

@@ -366,3 +366,16 @@ def test_inner_steps_that_raise_the_linearized_objective_are_counted(rate, risin
     for n in range(1, 4):
         params, state, info = update.apply(problem, params, state)
         assert info.n_rises == (4 * n if rising else 0)  # the last of the five is not looked at
+
+
+def test_rises_are_counted_in_a_row():
+    """Two parabolas in turn: SGD overshoots on the steep one and comes nearer on the flat one."""
+    update = nested_update(optax.sgd(1.0), learning_rate=1.0, n_inner=3, inner_update="sgd")
+
+    def problem(steepness):
+        return Problem(lambda w: w, jnp.square, lambda v: 0.5 * steepness * jnp.sum(v))
+
+    params, state = jnp.ones(2), update.init(jnp.ones(2))
+    for steepness, wanted in ((3.0, 2), (3.0, 4), (1.5, 0), (3.0, 2)):
+        params, state, info = update.apply(problem(steepness), params, state)
+        assert info.n_rises == wanted

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from dhlnn_jax import make_settings
+from dhlnn_jax import make_settings, newton
 from dhlnn_jax.hedger import make_band_hedger, make_recurrent_hedger, policy_of
 from dhlnn_jax.linearize import OutputLayer
 from dhlnn_jax.market import SIMULATORS, make_simulation_sampler
@@ -211,3 +211,41 @@ def test_a_few_steps_hedge_better_than_many_of_adam():
     assert risk_of(result.state.params) < adam
     for params, sign in ((untrained, 1.0), (untrained, 0.0), (result.state.params, -1.0)):
         assert not risk_of(params, sign) < adam
+
+
+def test_damping_is_relative_to_the_mean_curvature_over_all_outputs(x64):
+    rng = np.random.default_rng(0)
+    roots, gradient = rng.normal(size=(2, 6, 3)), jnp.asarray(rng.normal(size=(2, 3)))
+    curvature = jnp.asarray(np.einsum("oij,oik->ojk", roots, roots) * np.array([1.0, 9.0])[:, None, None])
+    scale = np.mean([np.diag(matrix) for matrix in curvature])
+    wanted = [
+        np.linalg.solve(matrix + 0.1 * scale * np.eye(3), g)
+        for matrix, g in zip(curvature, gradient, strict=True)
+    ]
+    np.testing.assert_allclose(newton._solve(curvature, gradient, jnp.array(0.1)), wanted, rtol=1e-10)
+
+
+@pytest.mark.parametrize("longest, taken", [(1.0, 1.0), (0.5, 0.5), (1 / 64, 1 / 64), (1 / 128, 0.0)])
+def test_steps_are_halved_down_to_a_sixty_fourth(longest, taken):
+    fraction = newton._backtracked(lambda t: jnp.where(t <= longest, 0.5, 2.0), jnp.array(1.0))
+    assert float(fraction) == taken
+
+
+def test_a_step_leaves_a_quarter_of_the_rows_alive(x64):
+    """A step that leaves a fifth of them is halved, though its risk is lower."""
+    ends = jnp.where(jnp.arange(100) < 20, 3.0, 1.0)
+    params = own_params() | {"w": jnp.zeros(5), "b": jnp.ones(5)}
+    problem = regression(jnp.zeros(100), ends)._replace(
+        value=lambda outputs: jnp.square(jnp.maximum(ends - outputs[:, 0], 0.0)),
+        risk=jnp.mean,
+        risk_curvature=lambda values: jnp.full_like(values, 0.05 / len(values)),
+    )
+    update = newton_update(LAYER, damping=1e-9)
+    moved, _, _ = update.apply(problem, params, update.init(params))
+    output = (LAYER.inputs(moved, jnp.zeros(1)) @ moved["v"])[0, 0]
+    whole = 2 * (0.8 * 1 + 0.2 * 3) / (0.05 * 4 * (0.8 * 1 + 0.2 * 9))  # gradient / curvature
+    fraction = next(t for t in 0.5 ** np.arange(7) if np.mean(np.asarray(ends) > t * whole) >= 0.25)
+    assert (
+        np.mean(np.asarray(ends) > 2 * fraction * whole) == 0.2
+    )  # the step before was refused for nothing else
+    np.testing.assert_allclose(output, fraction * whole, rtol=1e-6)

@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
-from dhlnn_jax import optimal
+from dhlnn_jax import bellman, optimal
 from dhlnn_jax.errors import UsageError
 from dhlnn_jax.evaluate import hedged_paths
 from dhlnn_jax.hedger import rule_policy
@@ -410,6 +410,7 @@ def test_extreme_risk_aversion_stays_finite():
         ({"increments": ([0.1, 0.2], [0.5, 0.5])}, "arbitrage"),
         ({"increments": EVEN, "drift": 0.1}, "drift belongs to the normal law"),
         ({"payoff": partial(partial(lookback_call), strike=1.0)}, "lookback_call depends on the maximum"),
+        ({"payoff": lambda spot: jnp.max(spot)}, "differs on paths of the same end"),
         ({"payoff": lambda spot: jnp.maximum(jnp.mean(spot) - 1.0, 0.0)}, "differs on paths of the same end"),
         ({"payoff": lambda spot: 1.0 / (spot[-1] - spot[-1])}, "payoff must be finite"),
     ],
@@ -446,3 +447,22 @@ def test_memory_taken_is_within_what_is_announced():
     with pytest.raises(UsageError):
         solve(resolution=2.0, n_steps=5, memory_limit_gib=taken)
     assert optimal.solve_european is solve_european
+
+
+def test_the_error_is_the_larger_distance_to_two_coarser_solves():
+    values = {12: 5.0, 6: 5.5, 4: 3.0}  # by ten times the resolution
+
+    def solve_at(resolution, ratios):
+        return bellman.Solved(values.pop(round(10 * resolution)), None, np.array([0.1]), np.array([0.9]))
+
+    solved, error, limits = bellman.refined(solve_at, (0.0, 1.0), 1.2)
+    assert (solved.value, error) == (5.0, 2.0) and not values
+    assert limits[0] < 0 < 1 < limits[1]
+
+
+def test_values_go_on_in_a_straight_line_beyond_the_grid():
+    spot, values = np.array([1.0, 2.0, 4.0]), np.array([[3.0, 1.0], [5.0, 1.5], [6.0, 9.5]])
+    below = bellman.linear_tail(values, spot, np.array([0.5, 1.0]), end=0)
+    np.testing.assert_allclose(below, [[2.0, 0.75], [3.0, 1.0]])
+    above = bellman.linear_tail(values, spot, np.array([4.0, 6.0]), end=-1)
+    np.testing.assert_allclose(above, [[6.0, 9.5], [7.0, 17.5]])

@@ -220,6 +220,33 @@ def test_trained_price_is_the_solved_one(side):
     assert sign * (unhedged - found.value) > 40 * found.stderr
 
 
+def test_trained_hedgers_are_measured_on_paths_that_they_were_not_trained_on():
+    trained_on, tested_on = [], []
+
+    def spied(key, n_paths, settings):
+        seen = trained_on if n_paths == 100 else tested_on
+        jax.debug.callback(lambda data: seen.append(tuple(data.tolist())), jax.random.key_data(key))
+        return SAMPLE(key, n_paths, settings)
+
+    risk_of = trained_risk(
+        jax.random.key(2),
+        lambda position: make_band_hedger(features=("log_moneyness",), hidden_sizes=(4,)),
+        spied,
+        Contract(CALL),
+        settings_of(),
+        adam(),
+        risk_fn=ENTROPIC,
+        martingale=True,
+        n_epochs=3,
+        n_paths=100,
+        n_test_paths=200,
+    )
+    assert np.isfinite(risk_of(1).value)
+    jax.effects_barrier()
+    assert len(set(trained_on)) == 3 and len(set(tested_on)) == 1
+    assert not set(trained_on) & set(tested_on)
+
+
 def test_hedger_without_a_claim_is_trained_where_prices_drift():
     numbers = dict(drift=0.3, cost_rate=1e-3)
     found = trained(update=adam(3e-2), martingale=False, **numbers)(0)

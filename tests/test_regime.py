@@ -6,6 +6,7 @@ from functools import cache, partial
 import jax
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from dhlnn_jax import regime, regime_map
 from dhlnn_jax.evaluate import hedged_paths
@@ -80,6 +81,15 @@ def test_rules_hardly_move_with_the_resolution():
     setting = MARKED["benchmark_european.toml"]
     for name in RULES:
         assert getattr(coarse(setting), name) == pytest.approx(getattr(risks_of(setting), name), rel=1e-3)
+
+
+@pytest.mark.parametrize("resolution", [0.25, 0.5])
+def test_the_delta_without_cost_and_risk_aversion_is_worth_black_scholes(resolution):
+    """Of a fair game only the claim's mean is left: the kink of the payoff must be integrated right."""
+    setting = Setting(0.2, 1e-4, 0.0)
+    found = regime.rule_risk(regime._delta_band, setting, resolution=resolution)
+    d1 = 0.5 * deviation(0.2)
+    assert found == pytest.approx(2 * norm.cdf(d1) - 1, abs=3e-7)
 
 
 def test_the_optimum_is_the_smallest_and_its_saving_falls_in_cost_and_rises_in_risk_aversion():

@@ -296,6 +296,49 @@ def test_paired_stderr_of_the_same_sample_and_of_a_difference(strict_x64):
     assert float(paired) < 0.2 * float(risk.stderr(risk.mean, pnl))  # that is why the paths are shared
 
 
+def test_jackknife_of_the_mean_of_few_paths_is_the_textbook_one(x64):
+    pnl = normals(7)
+    stderr = risk.stderr(lambda pnl: jnp.mean(pnl), pnl)
+    np.testing.assert_allclose(stderr, np.std(pnl, ddof=1) / math.sqrt(7), rtol=1e-12)
+
+
+@pytest.mark.parametrize("by_weights", [True, False])
+def test_copies_are_worth_one_path_in_every_standard_error(x64, by_weights):
+    """Pairs of the same path: the error is that of half as many, sqrt(2) of what it would seem."""
+    measure = entropic if by_weights else lambda pnl: entropic(pnl)
+    once, other = 0.1 * normals(1000), 0.1 * normals(1000, seed=1)
+    twice, twice_other, ids = (jnp.repeat(x, 2) for x in (once, other, jnp.arange(1000)))
+    for alone, clustered, taken_for_new in (
+        (
+            risk.stderr(measure, once),
+            risk.stderr(measure, twice, group_ids=ids),
+            risk.stderr(measure, twice),
+        ),
+        (
+            risk.paired_stderr(measure, once, other),
+            risk.paired_stderr(measure, twice, twice_other, group_ids=ids),
+            risk.paired_stderr(measure, twice, twice_other),
+        ),
+    ):
+        assert float(clustered) == pytest.approx(float(alone), rel=1e-9)
+        # the jackknife is noisy; where it leaves out one copy of two it is far below
+        assert float(taken_for_new) < 0.85 * float(alone)
+
+
+def test_value_at_risk_rises_as_its_tail_shrinks_like_the_quantile(x64):
+    slope = jax.grad(lambda p: risk.value_at_risk(normals(20_000), tail_prob=p))(0.1)
+    assert float(slope) == pytest.approx(-1 / 0.17549833, rel=0.1)  # of the standard normal density there
+
+
+@pytest.mark.parametrize("risk_aversion", [1e-3, 1e-2])
+def test_oce_is_entropic_where_its_threshold_is_far_away(x64, risk_aversion):
+    pnl, loss = normals(50), risk.exponential_loss(risk_aversion)
+    value, theta = risk.optimized_certainty_equivalent(pnl, loss=loss)
+    wanted = risk.entropic_risk_measure(pnl, risk_aversion=risk_aversion)
+    assert abs(float(theta)) > 100
+    np.testing.assert_allclose(value, wanted, atol=1e-9 / risk_aversion)
+
+
 def ignoring(pnl, **ignored):
     return -jnp.mean(pnl)
 

@@ -284,6 +284,15 @@ def test_fit_stops_where_parameters_are_no_numbers_and_so_is_what_they_hedge(key
         assert bool(jnp.isfinite(train.OBJECTIVES["entropic"](money.pnl, settings()))) == sound
 
 
+def test_fit_stops_at_outputs_of_the_last_epoch_that_are_no_numbers(key):
+    def step(state, key, settings):
+        return state._replace(epoch=state.epoch + 1), SimpleNamespace(finite=state.epoch < 1)
+
+    train.fit(step, initial(), key, settings(), n_epochs=1)
+    with pytest.raises(FloatingPointError, match="after epoch 2"):
+        train.fit(step, initial(), key, settings(), n_epochs=2)
+
+
 def test_training_beats_every_hedger_that_it_must_beat(key):
     # expensive trading: the band must widen to beat the delta, and must not die to beat no hedge
     numbers = settings(cost_rate=1e-2)

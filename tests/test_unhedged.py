@@ -169,3 +169,15 @@ def test_claim_on_the_whole_path_is_refused():
     asian = Claim(lambda spot, *, strike: spot.mean() - strike, "path")
     with pytest.raises(ValueError, match="last spot or the maximum"):
         unhedged_law(asian, make_settings(n_steps=3), n_steps=3)
+
+
+@pytest.mark.parametrize("drift", [2.0, -2.0])
+def test_drift_carries_the_maximum_and_the_kink_along(drift):
+    """With a drift of many deviations the maximum is the end, or the start; the strike keeps its panel."""
+    numbers = dict(volatility=0.02, drift=drift, strike=1.0)
+    law = law_of("lookback_call", **numbers)
+    end = black_scholes(np.exp(drift * T), 1.0, 0.02, T)
+    assert law.payoff @ law.probability == pytest.approx(end if drift > 0 else 0.0, abs=2e-4)
+    law, maturity = law_of("european_call", volatility=0.25, drift=0.5), 30 * float(np.float32(1 / 365))
+    price = black_scholes(np.exp(0.5 * maturity), 1.0, 0.25, maturity)
+    assert law.payoff @ law.probability == pytest.approx(price, rel=1e-12)
