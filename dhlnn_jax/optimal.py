@@ -147,9 +147,9 @@ def _check_terminal(payoff: Callable[..., Any], spot0: float) -> None:
     own = payoff
     while isinstance(own, partial):
         own = own.func
-    known = {claim.payoff: (name, claim) for name, claim in CLAIMS.items()}
-    if own in known:
-        name, claim = known[own]
+    known = [(name, claim) for name, claim in CLAIMS.items() if claim.payoff is own]
+    if known:
+        name, claim = known[0]
         terminal, what = claim.terminal, f"{name} depends on the {claim.depends_on} of the path"
     else:
         ends = spot0 * np.array([0.8, 1.0, 1.25])

@@ -144,9 +144,8 @@ def _sample(pnl: ArrayLike) -> Array:
 def _check_positive(name: str, number: ArrayLike, *, most: float = float("inf")) -> None:
     """Refuses a number out of range where it is known, that is but for traced ones."""
     if not isinstance(number, jax.core.Tracer) and not 0 < float(np.asarray(number)) <= most:
-        raise ValueError(
-            f"{name} must be above 0{f' and at most {most:g}' if most < 2 else ''}, got {number}"
-        )
+        and_at_most = f" and at most {most:g}" if np.isfinite(most) else ""
+        raise ValueError(f"{name} must be above 0{and_at_most}, got {number}")
 
 
 def exponential_loss(risk_aversion: ArrayLike) -> Callable[[Array], Array]:

@@ -13,7 +13,7 @@ def print_table(table: Table, *, n_keys: int = 1) -> None:
     """A table in one piece, or on a terminal too narrow for it in several, of as many columns as fit.
 
     Args:
-      table: not to be printed again, its cells text of one line.
+      table: of cells that are text of one line.
       n_keys: first columns, which say what a row is, and stand in every piece.
     """
     widths = [

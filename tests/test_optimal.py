@@ -1,6 +1,7 @@
 """The exact optimum against hand-solved lattices, closed forms, an independent law and simulation."""
 
 import tracemalloc
+from dataclasses import dataclass
 from functools import cache, partial
 
 import jax
@@ -458,6 +459,21 @@ def test_the_error_is_the_larger_distance_to_two_coarser_solves():
     solved, error, limits = bellman.refined(solve_at, (0.0, 1.0), 1.2)
     assert (solved.value, error) == (5.0, 2.0) and not values
     assert limits[0] < 0 < 1 < limits[1]
+
+
+@dataclass
+class Digital:
+    """A payoff that cannot be hashed."""
+
+    strike: float
+
+    def __call__(self, spot):
+        return 0.05 * (spot[-1] > self.strike)
+
+
+def test_a_payoff_may_be_an_object_of_the_users():
+    owed = solve(Digital(1.0), n_steps=3, resolution=0.4).value
+    assert owed == solve(lambda spot: 0.05 * (spot[-1] > 1.0), n_steps=3, resolution=0.4).value
 
 
 def test_values_go_on_in_a_straight_line_beyond_the_grid():
